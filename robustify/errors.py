@@ -1,0 +1,55 @@
+"""What can go wrong, as one tree; the command line prints these as one line each.
+
+    RobustifyError            1   something failed; the message says what survives
+    ├── UsageError            2   a name, setting or flag is wrong
+    ├── ModelError            1   a classifier cannot be read, built or used
+    ├── DataError             1   a data set cannot be read or does not fit
+    ├── RunFolderError        1   a run folder is in use, foreign, unwritable or damaged
+    ├── TrainingError         1   training cannot go on
+    └── HubError              1   the Hub refused, or cannot be reached
+
+The number is the exit code. A message says what was expected, what came, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RobustifyError(Exception):
+    """Base of every error that robustify raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(RobustifyError):
+    """A name, setting or flag is wrong."""
+
+    exit_code = 2
+
+
+class ModelError(RobustifyError):
+    """A classifier cannot be read, built or used."""
+
+
+class DataError(RobustifyError):
+    """A data set cannot be read or does not fit."""
+
+
+class RunFolderError(RobustifyError):
+    """A run folder is in use, foreign, unwritable or damaged."""
+
+
+class TrainingError(RobustifyError):
+    """Training cannot go on."""
+
+
+class HubError(RobustifyError):
+    """The Hub refused, or cannot be reached."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'peeraid'?"` for the nearest of `known`, or an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
