@@ -1,11 +1,11 @@
 """Networks for small images that timm lacks, under names that timm's registry knows.
 
-    <name>_small                    timm's ResNet, ResNeXt, SE-ResNet, MobileNetV2, DenseNet or VGG of
-                                    that name, with a stem (VGG: a head) for images of 64 px or fewer
-    resnet20_cifar … 110_cifar      He et al., CVPR 2016, section 4.2 (parameter-free shortcuts)
-    preact_resnet18                 He et al., ECCV 2016, in the layout of Rice et al., ICML 2020
-    wide_resnet28_10, 34_10         Zagoruyko and Komodakis, BMVC 2016, in the layout of TRADES
-    cnn_a                           the two-convolution network of the verification literature
+    <name>_small                timm's ResNet, ResNeXt, SE-ResNet, MobileNetV2, DenseNet or VGG of
+                                that name, with a stem (VGG: a head) for small images
+    resnet20_cifar … 110_cifar  He et al., CVPR 2016, section 4.2 (parameter-free shortcuts)
+    preact_resnet18             He et al., ECCV 2016, in the layout of Rice et al., ICML 2020
+    wide_resnet28_10, 34_10     Zagoruyko and Komodakis, BMVC 2016, in the layout of TRADES
+    cnn_a                       the two-convolution network of the verification literature
 
 After `import robustify.networks`, `timm.create_model` builds all of these, so nothing else has to
 record which stem a network has: the architecture's name says it.
@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import timm
-import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from timm.models import (
@@ -57,24 +56,24 @@ def _narrow_stem(conv: nn.Conv2d, init: Callable[[Tensor], Tensor]) -> nn.Conv2d
     return stem
 
 
-def _shrink_resnet(model: nn.Module) -> None:
+def _shrink_resnet(model: Any) -> None:
     init = partial(nn.init.kaiming_normal_, mode="fan_out", nonlinearity="relu")
     model.conv1 = _narrow_stem(model.conv1, init)
     model.maxpool = nn.Identity()
 
 
-def _shrink_mobilenet(model: nn.Module) -> None:
+def _shrink_mobilenet(model: Any) -> None:
     # the strides of RSLAD's CIFAR MobileNetV2
     model.conv_stem.stride = (1, 1)
     model.blocks[1][0].conv_dw.stride = (1, 1)
 
 
-def _shrink_densenet(model: nn.Module) -> None:
+def _shrink_densenet(model: Any) -> None:
     model.features.conv0 = _narrow_stem(model.features.conv0, nn.init.kaiming_normal_)
     model.features.pool0 = nn.Identity()
 
 
-def _shrink_vgg(model: nn.Module) -> None:
+def _shrink_vgg(model: Any) -> None:
     """Classify the pooled map: 14.7 M parameters instead of 134 M in VGG-16."""
     model.pre_logits = nn.Identity()
     model.head_hidden_size = model.num_features
@@ -93,10 +92,10 @@ _SHRINK = {
 }
 
 
-def _build_small(base: str, family: str, **kwargs: Any) -> nn.Module:
+def _build_small(base: str, family: str, **kwargs: Any) -> Any:
     if family == "vgg":
         kwargs["mlp_ratio"] = 1 / 4096  # the head that is left out need not be 120 M numbers first
-    model: nn.Module = model_entrypoint(base)(**kwargs)
+    model = model_entrypoint(base)(**kwargs)
     _SHRINK[family](model)
     if family != "vgg":  # VGG has no stem to lose: its five poolings stay
         for info in model.feature_info:
@@ -104,7 +103,7 @@ def _build_small(base: str, family: str, **kwargs: Any) -> nn.Module:
     return model
 
 
-def fit_to_small(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def fit_to_small(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Weights of the large-image network, made to fit its small-image variant.
 
     A wider stem gives the centre of its kernel; VGG's 7×7 head is left out, and the head stays as
@@ -298,7 +297,7 @@ class WideResNet(_CifarNetwork):
 
 
 class CnnA(nn.Sequential):
-    """Two strided convolutions and two linear layers; its keys 0, 2, 5 and 7 are the published ones."""
+    """Two strided convolutions, then two linear layers; keys 0, 2, 5, 7 are the published ones."""
 
     def __init__(
         self,
