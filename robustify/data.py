@@ -1,0 +1,342 @@
+"""Data sets: a name or a folder in, uint8 images, labels and the default threat model out.
+
+    digits                  1,797 grey 8×8 images, part of this package: no download
+    cifar10, cifar100       by torchvision
+    FOLDER                  train/ and test/ (or val/, validation/) with one folder per class,
+                            or a clone of a Hub data set (parquet files)
+    USER/NAME[@REVISION]    a data set on the Hub
+
+A folder with the name of a data set is written `./digits`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
+
+from robustify.errors import DataError, UsageError, suggest
+from robustify.images import Encoded, EncodedImages, ResizedImages, decode, resize, survey
+from robustify.noise import Noise
+from robustify.sources import CIFAR, Source, read_cifar, read_folder, read_hub
+from robustify.threat import ThreatModel
+
+Policy = Literal["none", "crop", "crop-flip"]
+Images = Tensor | EncodedImages | ResizedImages
+
+DIGITS_EPS = 0.15  # to be settled between 0.15 and 0.2: PGD-40 leaves an undefended ResNet-18 9 %
+DIGITS_TEST = 360  # the last images; the order goes by writer, so their hands are mostly unseen
+IN_MEMORY = 4 << 30  # bytes of decoded images; what is larger is decoded batch by batch
+_SAMPLE = 2048  # images from which the mean and std of a set on disk are taken
+
+
+class Split(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Images with their labels and indices; a map-style data set that is fetched by the batch.
+
+    `store`: uint8 images, a tensor or something indexed like one. `labels`: (N,) int64. `indices`:
+    (N,) int64, which images of `store` these are; a subset keeps them, so they can key an image's
+    random numbers.
+
+    A `DataLoader` asks `__getitems__` for whole batches: give it `collate_fn=lambda batch: batch`.
+    """
+
+    def __init__(self, store: Images, labels: Tensor, indices: Tensor | None = None) -> None:
+        self.store, self.labels = store, labels
+        self.indices = torch.arange(len(labels)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def images(self) -> Tensor:
+        """All images, (N, C, H, W) uint8: a copy, decoded now where they are not in memory."""
+        return self.store[self.indices]
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """image (C, H, W) uint8, label () int64, index () int64."""
+        images, labels, indices = self.__getitems__([position])
+        return images[0], labels[0], indices[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """images (B, C, H, W) uint8, labels (B,) int64, indices (B,) int64."""
+        chosen = torch.as_tensor(positions, dtype=torch.int64, device=self.labels.device)
+        indices = self.indices[chosen]
+        return self.store[indices], self.labels[chosen], indices
+
+    def subset(self, positions: Tensor) -> Split:
+        """The images at `positions`, with the indices they had; pixels are shared, not copied."""
+        return Split(self.store, self.labels[positions], self.indices[positions])
+
+    def take(self, count: int) -> Split:
+        """The first `count` images, or all where there are fewer. The order on loading makes them
+        a fair sample of the classes."""
+        return self.subset(torch.arange(min(count, len(self)), device=self.labels.device))
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same on `device`; images that are decoded batch by batch stay where they are."""
+        if not isinstance(self.store, Tensor):
+            return self
+        return Split(self.store.to(device), self.labels.to(device), self.indices.to(device))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Training and test images of one set of classes.
+
+    `source` is what `load` takes to load it again. `mean` and `std` are those of the training
+    images in [0, 1], per channel. `threat` is what this set is usually defended against, `policy`
+    how its training images are augmented. `fingerprint` is the SHA-256 of class names, labels and
+    decoded pixels; of file names and sizes instead of pixels where images are decoded per batch.
+    """
+
+    name: str
+    source: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    in_chans: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    threat: ThreatModel
+    policy: Policy
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def split_validation(self, fraction: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
+        """The training images without the validation images, and the validation images: `fraction`
+        of each class and at least one, chosen by `seed` and the index of each image alone.
+
+        Raises `DataError` for a class of one image.
+        """
+        if not 0 < fraction < 1:
+            raise UsageError(f"expected a validation fraction between 0 and 1, got {fraction}")
+        labels, indices = self.train.labels.cpu(), self.train.indices.cpu()
+        drawn = Noise(seed, indices).bits(1)[:, 0]
+        chosen = torch.zeros(len(labels), dtype=torch.bool)
+        for label in sorted(set(labels.tolist())):
+            members = (labels == label).nonzero()[:, 0]
+            if len(members) < 2:
+                raise DataError(
+                    f"expected at least 2 training images of {self.class_names[label]!r}, one of "
+                    f"them for validation, got {len(members)}; add images or remove the class"
+                )
+            count = min(max(1, round(fraction * len(members))), len(members) - 1)
+            chosen[members[drawn[members].argsort(stable=True)[:count]]] = True
+        device = self.train.labels.device
+        rest, validation = (mask.nonzero()[:, 0].to(device) for mask in (~chosen, chosen))
+        return self.train.subset(rest), self.train.subset(validation)
+
+
+def load(name_or_path: str | Path = "digits", *, image_size: int | None = None) -> DataSet:
+    """Load a data set; see the top of this module for what can be named.
+
+    `image_size`: side of the square images, in pixels; by default what the set has (of mixed sizes
+    the median of the shorter sides, at most 224). Raises `DataError` for what cannot be read and
+    `UsageError` for a name that means nothing.
+    """
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"expected an image size of at least 1 pixel, got {image_size}")
+    name = str(name_or_path)
+    if name == "digits":
+        return _digits(image_size)
+    path = Path(name).expanduser()
+    if name in CIFAR:
+        return _build(read_cifar(name), name, image_size)
+    if path.is_dir():
+        return _build(read_folder(path), str(path.resolve()), image_size)
+    if path.exists():
+        raise DataError(
+            f"expected a folder with train/ and test/, got the file {path}; name its folder"
+        )
+    identifier = name.removeprefix("hf-hub:")
+    if identifier != name or (identifier.count("/") == 1 and name[0] not in "./~"):
+        return _build(read_hub(identifier), name, image_size)
+    known = ("digits", *CIFAR)
+    if "/" in name:
+        raise DataError(f"expected a folder, and {path} does not exist; check the path")
+    raise UsageError(
+        f"expected {', '.join(known)}, a folder or a Hub data set USER/NAME, got {name!r}"
+        + suggest(name, known)
+    )
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images to float32 in [0, 1]; float images as they are."""
+    return images if images.is_floating_point() else images.float().div_(255)
+
+
+def augment(images: Tensor, noise: Noise, policy: str) -> Tensor:
+    """Randomly moved and mirrored images, of the same shape, type and device.
+
+    `none`: as they are. `crop`: moved by up to an eighth of their side (4 pixels of 32, 1 of 8)
+    each way, zeros moving in. `crop-flip`: also mirrored left to right, half of them. An image is
+    treated by its key in `noise` alone; fork the noise by epoch.
+    """
+    if policy not in get_args(Policy):
+        raise UsageError(
+            f"expected an augmentation of {', '.join(get_args(Policy))}, got {policy!r}"
+            + suggest(policy, get_args(Policy))
+        )
+    if policy == "none":
+        return images
+    count, channels, height, width = images.shape
+    margin = max(1, min(height, width) // 8)
+    drawn = noise.uniform(images.new_empty((count, 3)))
+    moved = (drawn[:, :2] * (2 * margin + 1)).long().clamp_max_(2 * margin)
+    rows = moved[:, 0, None] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(count, width)
+    if policy == "crop-flip":
+        columns = torch.where(drawn[:, 2:] < 0.5, columns.flip(1), columns)
+    columns = moved[:, 1, None] + columns
+    image = torch.arange(count, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[None, :, None, None]
+    padded = pad(images, (margin, margin, margin, margin))
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def default_threat(in_chans: int, image_size: int) -> ThreatModel:
+    """What a set of such images is usually defended against: Linf 4/255 from 160 pixels (ImageNet),
+    8/255 below in colour (CIFAR), and 0.1 below in grey (as for Fashion-MNIST)."""
+    if image_size >= 160:
+        return ThreatModel("Linf", 4 / 255)
+    return ThreatModel("Linf", 8 / 255 if in_chans == 3 else 0.1)
+
+
+def _digits(image_size: int | None) -> DataSet:
+    from safetensors.torch import load_file
+
+    stored = load_file(Path(__file__).with_name("digits.safetensors"))
+    images, labels = stored["images"], stored["labels"].long()
+    source = Source(
+        "digits",
+        tuple("0123456789"),
+        (images[:-DIGITS_TEST], labels[:-DIGITS_TEST]),
+        (images[-DIGITS_TEST:], labels[-DIGITS_TEST:]),
+    )
+    return _build(source, "digits", image_size, threat=ThreatModel("Linf", DIGITS_EPS))
+
+
+def _build(
+    read: Source, source: str, image_size: int | None, *, threat: ThreatModel | None = None
+) -> DataSet:
+    """Decode what was read, check it, and describe it."""
+    for labels, which in ((read.train[1], "training"), (read.test[1], "test")):
+        _check_labels(labels, read.class_names, f"{which} images of {source}")
+    train, test = _decoded(read, image_size)
+    in_chans, side = train.store.shape[1], train.store.shape[2]
+    mean, std = _statistics(train)
+    return DataSet(
+        name=read.name,
+        source=source,
+        class_names=read.class_names,
+        train=train,
+        test=test,
+        in_chans=in_chans,
+        image_size=side,
+        mean=mean,
+        std=std,
+        threat=threat or default_threat(in_chans, side),
+        policy="crop-flip" if in_chans == 3 else "crop",  # grey ones are often signs, not scenes
+        fingerprint=_fingerprint(read.class_names, train, test),
+    )
+
+
+def _check_labels(labels: Tensor, class_names: Sequence[str], what: str) -> None:
+    if len(class_names) < 2:
+        raise DataError(
+            f"expected at least 2 classes in the {what}, got {len(class_names)}; add another class"
+        )
+    if not len(labels):
+        raise DataError(f"expected {what}, got none; check the data set")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= len(class_names):
+        raise DataError(
+            f"expected labels from 0 to {len(class_names) - 1} for the {what}, got {low} to "
+            f"{high}; -1 usually means that the labels are withheld: use a split that has them"
+        )
+
+
+def _decoded(read: Source, image_size: int | None) -> tuple[Split, Split]:
+    """Both splits at one size and channel count, in memory where they fit."""
+    (train, train_labels), (test, test_labels) = read.train, read.test
+    if isinstance(train, Tensor) and isinstance(test, Tensor):
+        side = image_size or train.shape[2]
+        return Split(_at_size(train, side), train_labels), Split(_at_size(test, side), test_labels)
+    parts = [[image for image in part if isinstance(image, Encoded)] for part in (train, test)]
+    is_grey, side = survey([*parts[0], *parts[1]])
+    channels, side = 1 if is_grey else 3, image_size or side
+    fits = (len(train) + len(test)) * channels * side * side <= IN_MEMORY
+    splits = []
+    for encoded, labels in zip(parts, (train_labels, test_labels), strict=True):
+        order = _fair_order(labels)
+        images = EncodedImages([encoded[place] for place in order.tolist()], channels, side)
+        store = decode(images.encoded, channels, side) if fits else images
+        splits.append(Split(store, labels[order]))
+    return splits[0], splits[1]
+
+
+def _fair_order(labels: Tensor) -> Tensor:
+    """(N,) places. Images that come class by class are taken in turn from each class, so that the
+    first n are a fair sample; any other order is kept, because it may be a published one."""
+    if not bool((labels.diff() >= 0).all()):
+        return torch.arange(len(labels))
+    starts = torch.searchsorted(labels, labels)
+    turn = torch.arange(len(labels)) - starts
+    return turn.argsort(stable=True)
+
+
+def _at_size(images: Tensor, side: int) -> Images:
+    if images.shape[2] == side:
+        return images
+    if images.shape[:2].numel() * side * side > IN_MEMORY:
+        return ResizedImages(images, side)
+    return torch.cat([resize(part, side) for part in torch.split(images, 1024)])
+
+
+def _statistics(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel in [0, 1]; exact, from counts of the 256 levels."""
+    store = train.store
+    if not isinstance(store, Tensor):
+        store = store[torch.linspace(0, len(train) - 1, min(_SAMPLE, len(train))).long()]
+    levels = torch.linspace(0, 1, 256, dtype=torch.float64)
+    means, stds = [], []
+    for channel in store.unbind(1):
+        count = torch.zeros(256, dtype=torch.int64)
+        for part in torch.split(
+            channel, 4096
+        ):  # bincount widens to int64: a bounded copy at a time
+            count += torch.bincount(part.flatten(), minlength=256)
+        share = count / count.sum()
+        mean = float(share.double() @ levels)
+        means.append(mean)
+        # A constant channel has no spread to divide by; one level of 255 stands in for it.
+        stds.append(max(float(share.double() @ (levels - mean) ** 2) ** 0.5, 1 / 255))
+    return tuple(means), tuple(stds)
+
+
+def _fingerprint(class_names: Sequence[str], *splits: Split) -> str:
+    digest = hashlib.sha256(json.dumps(class_names).encode())
+    for split in splits:
+        store = split.store
+        digest.update(repr(tuple(store.shape)).encode())
+        digest.update(split.labels.numpy().tobytes())
+        if isinstance(store, ResizedImages):
+            store = store.images
+        if isinstance(store, Tensor):
+            digest.update(store.contiguous().numpy().data)
+        else:
+            for image in store.encoded:
+                digest.update(f"{image.name}\0{image.size_in_bytes()}\0".encode())
+    return digest.hexdigest()
