@@ -353,7 +353,9 @@ def _feature_info(prefix: str, widths: tuple[int, ...]) -> list[dict[str, Any]]:
     ]
 
 
-def _published(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def published_names(
+    weights: dict[str, Tensor], model: nn.Module | None = None
+) -> dict[str, Tensor]:
     """Without DataParallel's prefix and without TRADES's `sub_block1`, which no forward uses."""
     plain = {k.removeprefix("module."): v for k, v in weights.items()}
     return {k: v for k, v in plain.items() if not k.startswith("sub_block1.")}
@@ -440,4 +442,4 @@ def _register(
 for _base, _family in _SMALL_NETWORKS.items():
     _register(f"{_base}_small", partial(_build_small, _base, _family), fit_to_small)
 for _name, (_build, _) in _CIFAR_NETWORKS.items():
-    _register(_name, _build, _published)
+    _register(_name, _build, published_names)
