@@ -60,7 +60,7 @@ class Noise:
         """(N, count) int64 of 64 random bits each."""
         state = self.keys.new_full((), self.seed)
         for number in (*self.stream, len(self.stream)):
-            state = _mix(state + _GOLDEN * (number + 1))
+            state = _mix(state + _GOLDEN * torch.full_like(state, number + 1))
         rows = _mix(_mix(self.keys + state) + _GOLDEN)
         counter = torch.arange(1, count + 1, device=self.keys.device)
         return _mix(rows[:, None] + counter * _GOLDEN)

@@ -1,0 +1,41 @@
+"""`robustify`, and `python -m robustify`: exit codes and one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import click
+
+from robustify.errors import RobustifyError
+
+
+def main() -> None:
+    """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    debug = "--debug" in sys.argv[1:]
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("robustify").setLevel(logging.INFO)
+    try:
+        from robustify.cli import robustify
+
+        code = robustify.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; the same command continues", err=True)
+        sys.exit(130)
+    except RobustifyError as error:
+        if debug:
+            raise
+        click.echo(f"robustify: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

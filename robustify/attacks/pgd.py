@@ -1,0 +1,100 @@
+"""Projected gradient descent (Madry et al., ICLR 2018, arXiv 1706.06083): the inner maximisation.
+
+    x'_0 = start(x);   x'_{k+1} = project( x'_k + step_size · ascent direction of sum_n loss_n(x'_k) )
+
+The losses of a batch are summed, never averaged: a mean divides every gradient by the batch size,
+which underflows in low precision and makes an image's attack depend on its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from robustify.errors import UsageError
+from robustify.losses import cross_entropy
+from robustify.noise import Noise
+from robustify.threat import ThreatModel
+
+Start = Literal["uniform", "gaussian", "images"]
+GAUSSIAN_START = 0.001  # standard deviation; TRADES (Zhang et al., 2019) and all that followed it
+
+
+def pgd(
+    loss_fn: Callable[[Tensor], Tensor],
+    images: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int,
+    step_size: float,
+    noise: Noise,
+    start: Start = "uniform",
+) -> Tensor:
+    """Images in the threat model around `images` (N, C, H, W) that make `loss_fn` large.
+
+    `loss_fn` maps images to (N,) losses; whatever it closes over should be constant for the call
+    (`robustify.fold.constant`). The result is detached, in [0, 1] and in the ball; `steps = 0`
+    gives the images themselves. The start is uniform in the ball, the published Gaussian of 0.001
+    (not clipped, as published), or the images.
+    """
+    if steps == 0:
+        return images.detach().clone()
+    images_adv = _start(images, threat, noise, start)
+    for _ in range(steps):
+        images_adv.requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss_fn(images_adv).sum(), images_adv)
+        images_adv = threat.project(
+            threat.ascend(images_adv.detach(), gradient, step_size), images
+        )
+    return images_adv
+
+
+def _start(images: Tensor, threat: ThreatModel, noise: Noise, start: Start) -> Tensor:
+    if start == "uniform":
+        return threat.random_start(images, noise)
+    if start == "gaussian":
+        return images + GAUSSIAN_START * noise.normal(images)
+    if start == "images":
+        return images.detach().clone()
+    raise UsageError(f"expected start uniform, gaussian or images, got {start!r}")
+
+
+def survives_pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int,
+    noise: Noise,
+    restarts: int = 1,
+    step_size: float | None = None,
+) -> Tensor:
+    """(N,) bool: still classified as `labels` after the worst of `restarts` PGD runs on
+    cross-entropy from uniform starts, `step_size` eps/4 unless given.
+
+    `model` is in eval mode; images already misclassified, and images that fall, are not attacked
+    again. For training curves; a headline needs a suite.
+    """
+    with torch.no_grad():
+        survives = model(images).argmax(1) == labels
+    for restart in range(restarts):
+        left = survives.nonzero().squeeze(1)
+        if len(left) == 0:
+            break
+        label = labels[left]
+        images_adv = pgd(
+            lambda x, label=label: cross_entropy(model(x), label),  # type: ignore[misc]
+            images[left],
+            threat,
+            steps=steps,
+            step_size=threat.eps / 4 if step_size is None else step_size,
+            noise=noise[left].fork(restart),
+        )
+        with torch.no_grad():
+            survives[left] = model(images_adv).argmax(1) == label
+    return survives

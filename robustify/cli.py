@@ -1,0 +1,185 @@
+"""The command line: parse, call, print. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from robustify import __version__, config
+from robustify.errors import UsageError
+
+if TYPE_CHECKING:
+    from robustify.threat import Norm
+
+
+class Eps(click.ParamType[float]):
+    """A number such as 8/255 or 0.03."""
+
+    name = "eps"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """A float; raises `UsageError` through `parse_eps`."""
+        from robustify.threat import parse_eps
+
+        return parse_eps(value)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+norm_option = click.option(
+    "--norm", type=click.Choice(["Linf", "L2", "L1"]), help="Default: the data set's."
+)
+eps_option = click.option("--eps", type=Eps(), help="8/255 or 0.03. Default: the data set's.")
+data_option = click.option(
+    "--data", help="A name (digits, cifar10), a folder, or a Hub dataset. Default: digits."
+)
+limit_option = click.option(
+    "--limit", type=click.IntRange(min=1), help="Evaluate on the first N test images."
+)
+suite_option = click.option("--suite", default="pgd", show_default=True, help="Which attacks.")
+seed_option = click.option("--seed", type=int, default=0, show_default=True)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="robustify")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def robustify(debug: bool) -> None:
+    """Robust image classifiers: distil, evaluate, report.
+
+    \b
+    robustify distill --recipe peeraid --student resnet18
+    robustify evaluate runs/peeraid-resnet18-digits/model.safetensors
+    """
+
+
+@robustify.command()
+@click.option("--recipe", required=True, help="A name (see `robustify recipes list`) or a file.")
+@click.option("--student", required=True, help="A timm name, hf-hub:…, local-dir:…, folder or file.")
+@click.option("--teacher", "teachers", multiple=True, help="As --student; may be repeated.")
+@data_option
+@click.option("--out", type=click.Path(path_type=Path), help="Default: runs/RECIPE-STUDENT-DATA.")
+@click.option("--preset", help="A named schedule of the recipe; see `robustify recipes show`.")
+@click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
+@click.option("--epochs", type=int)
+@click.option("--batch-size", type=int, help="Per process.")
+@click.option("--lr", type=float)
+@seed_option
+@click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16.")
+@norm_option
+@eps_option
+@click.option("--image-size", type=click.IntRange(min=1), help="Resize images to this side.")
+@suite_option
+@limit_option
+@click.option("--max-steps", type=click.IntRange(min=1), help="Stop after N steps of each stage.")
+@click.option("--sync-bn", is_flag=True, help="BatchNorm statistics over all processes (GPUs).")
+@click.option("--resume/--no-resume", default=True, show_default=True)
+@click.option("--dry-run", is_flag=True, help="Print what would happen, and how long it would take.")
+@as_json
+def distill(
+    recipe: str,
+    student: str,
+    teachers: tuple[str, ...],
+    data: str | None,
+    out: Path | None,
+    pairs: tuple[str, ...],
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train a robust student by a recipe, evaluate it, leave a run folder.
+
+    \b
+    robustify distill --recipe peeraid --student resnet18
+    robustify distill --recipe trades --student resnet18 --data ./photos --eps 4/255 --set beta=3
+    """
+    settings = config.overrides(pairs)
+    for name in ("epochs", "batch_size", "lr"):
+        if (value := options.pop(name)) is not None:
+            settings[f"training.{name}"] = value
+    from robustify import harden, report
+
+    if data is None:
+        click.echo("no --data: using the bundled digits (1,797 real 8×8 images)", err=True)
+    job = harden.plan(
+        recipe, student, teachers=teachers, dataset=data or "digits", settings=settings, **options
+    )
+    if dry_run:
+        click.echo(json.dumps(harden.dry_run(job), indent=2))
+        return
+    folder = harden.distill(job, out, resume=resume)
+    content = report.read(folder)
+    click.echo(json.dumps(content, indent=2) if as_json else report.markdown(content))
+    if not as_json:
+        click.echo(f"{folder}: model.safetensors, report.md, report.json")
+
+
+@robustify.command()
+@click.argument("model")
+@data_option
+@suite_option
+@norm_option
+@eps_option
+@limit_option
+@seed_option
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
+@as_json
+def evaluate(
+    model: str,
+    data: str | None,
+    suite: str,
+    norm: Norm | None,
+    eps: float | None,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """Clean and robust accuracy of any classifier.
+
+    \b
+    robustify evaluate runs/peeraid-resnet18-digits/model.safetensors
+    robustify evaluate hf-hub:user/repo --data ./photos --eps 4/255 --limit 500
+    """
+    from robustify import harden, report
+
+    content = harden.examine(
+        model, dataset=data, suite=suite, norm=norm, eps=eps, limit=limit, seed=seed,
+        batch_size=batch_size,
+    )  # fmt: skip
+    click.echo(json.dumps(content, indent=2) if as_json else report.markdown(content))
+
+
+@robustify.group()
+def recipes() -> None:
+    """The recipes: list, show."""
+
+
+@recipes.command("list")
+@as_json
+def list_recipes(as_json: bool) -> None:
+    """Every recipe in one line.
+
+    \b
+    robustify recipes list
+    """
+    from tabulate import tabulate
+
+    rows = [{"name": name, **config.find(name).about} for name in config.names()]
+    click.echo(json.dumps(rows, indent=2) if as_json else tabulate(rows, headers="keys"))
+
+
+@recipes.command("show")
+@click.argument("name")
+def show_recipe(name: str) -> None:
+    """A recipe's YAML file.
+
+    \b
+    robustify recipes show peeraid
+    """
+    found = config.find(name)
+    if found.path is None:
+        raise UsageError(f"recipe {name} has no YAML file; its settings are those of its signature")
+    click.echo(found.path.read_text(encoding="utf-8"), nl=False)

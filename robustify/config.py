@@ -1,0 +1,245 @@
+"""Recipes as people write them: YAML and `--set` in, checked keyword arguments out.
+
+A signature is a schema: the keyword-only parameters of a recipe's `stages`, of `pgd` and of
+`Training` define what may be said; anything else is an error with a suggestion. YAML holds plain
+values and can never name code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from robustify.errors import UsageError, suggest
+
+SECTIONS = ("method", "attack", "training")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?(/\d+\.?\d*)?")
+_EPS = re.compile(r"eps(?:\s*([*/])\s*(\d+\.?\d*))?")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe's YAML file: what it is, its settings by section, and its named presets."""
+
+    name: str
+    path: Path | None
+    module: str  # an installed module's name, or the path of a Python file
+    about: Mapping[str, Any] = field(default_factory=dict)
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    presets: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def load(self) -> types.ModuleType:
+        """Import the recipe's Python module."""
+        if not self.module.endswith(".py"):
+            return importlib.import_module(self.module)
+        spec = importlib.util.spec_from_file_location(Path(self.module).stem, self.module)
+        if spec is None or spec.loader is None:
+            raise UsageError(f"expected a Python file with a recipe, got {self.module}")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not inspect.isgeneratorfunction(getattr(module, "stages", None)):
+            raise UsageError(
+                f"expected {self.module} to define `stages(student, teachers, *, …)` that yields "
+                "Objectives; see the recipes in robustify/recipes"
+            )
+        return module
+
+
+def folders() -> tuple[Path, Path]:
+    """Where the recipes' Python files are, and where their YAML files are: beside them once
+    installed, at the top of the repository in a checkout."""
+    code = Path(__file__).parent / "recipes"
+    checkout = Path(__file__).parent.parent / "recipes"
+    return code, code if any(code.glob("*.yaml")) else checkout
+
+
+def names() -> list[str]:
+    """The recipes that ship with robustify."""
+    code, _ = folders()
+    return sorted(path.stem for path in code.glob("*.py") if path.stem != "__init__")
+
+
+def find(name_or_path: str) -> Recipe:
+    """A recipe by name, a YAML file (its `recipe:` says which method), or a Python file of one's
+    own, whose settings may stand in a YAML file of the same name beside it.
+
+    Raises `UsageError` for an unknown name, a missing file, and a file that is not as described.
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise UsageError(f"expected a recipe, but there is no file {path}")
+        settings = path.with_suffix(".yaml")
+        return _read(settings if settings.is_file() else None, path.stem, str(path))
+    if path.suffix in (".yaml", ".yml"):
+        return _from_yaml(path)
+    if name_or_path not in names():
+        raise UsageError(
+            f"expected a recipe of {', '.join(names())}, or a .yaml or .py file, got "
+            f"{name_or_path!r}{suggest(name_or_path, names())}"
+        )
+    _, settings_folder = folders()
+    return _read(
+        settings_folder / f"{name_or_path}.yaml", name_or_path, f"robustify.recipes.{name_or_path}"
+    )
+
+
+def _from_yaml(path: Path) -> Recipe:
+    if not path.is_file():
+        raise UsageError(f"expected a recipe, but there is no file {path}")
+    name = _mapping(path).get("recipe", path.stem)
+    if name in names():
+        return _read(path, name, f"robustify.recipes.{name}")
+    if path.with_suffix(".py").is_file():
+        return _read(path, path.stem, str(path.with_suffix(".py")))
+    raise UsageError(
+        f"expected {path} to say `recipe: NAME` with one of {', '.join(names())}, or a Python file "
+        f"of the same name beside it; got {name!r}{suggest(str(name), names())}"
+    )
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"expected {path} to be readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"expected {path} to hold a mapping, got {type(content).__name__}")
+    return content
+
+
+def _read(path: Path | None, name: str, module: str) -> Recipe:
+    content = _mapping(path) if path else {}
+    known = ("recipe", "about", "presets", *SECTIONS)
+    for key in content:
+        if key not in known:
+            raise UsageError(
+                f"{path}: expected sections {', '.join(known)}, got {key!r}{suggest(str(key), known)}"
+            )
+    sections = {key: dict(content.get(key) or {}) for key in SECTIONS}
+    presets = dict(content.get("presets") or {})
+    return Recipe(name, path, module, dict(content.get("about") or {}), sections, presets)
+
+
+def overrides(pairs: typing.Iterable[str]) -> dict[str, Any]:
+    """`["training.lr=0.05", "beta=3"]` as a mapping with values read as YAML."""
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"expected --set key=value, got {pair!r}")
+        try:
+            result[key.strip()] = yaml.safe_load(value) if value else None
+        except yaml.YAMLError:
+            raise UsageError(f"expected a plain value after {key}=, got {value!r}") from None
+    return result
+
+
+def resolve(
+    recipe: Recipe,
+    schemas: Mapping[str, Mapping[str, Any]],
+    *,
+    eps: float,
+    preset: str | None = None,
+    data_name: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """The settings of each section: file, then preset, then `settings` (keys `section.name`, or a
+    bare name that only one section has), checked against `schemas` (section -> name -> type).
+
+    Without `preset`, a preset named like the data set applies. Raises `UsageError` with the nearest
+    known name for anything unknown or of the wrong type.
+    """
+    if preset is not None and preset not in recipe.presets:
+        raise UsageError(
+            f"expected a preset of {', '.join(recipe.presets) or 'none'} for {recipe.name}, got "
+            f"{preset!r}{suggest(preset, recipe.presets)}"
+        )
+    chosen = recipe.presets.get(preset or data_name, {})
+    resolved: dict[str, dict[str, Any]] = {}
+    for section in SECTIONS:
+        values = {**recipe.sections.get(section, {}), **(chosen.get(section) or {})}
+        for key, value in values.items():
+            _require(f"{section}.{key}", schemas)
+            values[key] = _value(f"{section}.{key}", value, schemas[section][key], eps)
+        resolved[section] = values
+    for key, value in (settings or {}).items():
+        section, name = _require(key, schemas)
+        resolved[section][name] = _value(key, value, schemas[section][name], eps)
+    return resolved
+
+
+def schema(target: Callable[..., Any], *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Name -> annotation of the keyword-only parameters of `target`."""
+    hints = typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
+    parameters = inspect.signature(target).parameters.values()
+    return {
+        p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in without
+    }
+
+
+def _require(key: str, schemas: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    """(section, name) of a setting, or an error with a suggestion."""
+    section, dot, name = key.partition(".")
+    known = [f"{s}.{n}" for s in schemas for n in schemas[s]]
+    if dot and name in schemas.get(section, {}):
+        return section, name
+    homes = [s for s in schemas if key in schemas[s]]
+    if len(homes) == 1:
+        return homes[0], key
+    bare = [full.partition(".")[2] for full in known]
+    near = suggest(key, known) or suggest(key, bare) or suggest(name, bare)
+    raise UsageError(f"unknown setting {key!r}{near or '; known: ' + ', '.join(known)}")
+
+
+def _value(key: str, value: Any, annotation: Any, eps: float) -> Any:
+    """`value` as the annotation wants it; `8/255` and `1e-3` are numbers, `eps/4` is relative."""
+    if isinstance(value, str):
+        relative = _EPS.fullmatch(value.strip())
+        if relative:
+            factor = float(relative[2] or 1)
+            value = eps * factor if relative[1] == "*" else eps / factor
+        elif _NUMBER.fullmatch(value.strip()):
+            numerator, _, denominator = value.partition("/")
+            value = float(numerator) / float(denominator or 1)
+    fitted = _fit(value, annotation)
+    if fitted is _MISFIT:
+        wanted = getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+        raise UsageError(f"expected {key} to be {wanted}, got {value!r}")
+    return fitted
+
+
+_MISFIT = object()
+
+
+def _fit(value: Any, annotation: Any) -> Any:
+    """`value` converted to `annotation` where nothing is lost, else `_MISFIT`."""
+    origin, options = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin is typing.Literal:
+        return value if value in options else _MISFIT
+    if origin in (typing.Union, types.UnionType):
+        return next((f for o in options if (f := _fit(value, o)) is not _MISFIT), _MISFIT)
+    if origin is not None and issubclass(origin, (list, tuple, typing.Sequence)):
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        fitted = [_fit(item, options[0]) for item in items]
+        return _MISFIT if _MISFIT in fitted else tuple(fitted)
+    if annotation in (None, type(None)):
+        return value if value is None else _MISFIT
+    if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if annotation is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    exact = isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
+    return value if exact else _MISFIT

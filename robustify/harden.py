@@ -1,0 +1,350 @@
+"""The whole story: load, train every stage, evaluate, save. What `robustify distill` does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import platform
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from torch.utils.flop_counter import FlopCounterMode
+
+import robustify
+from robustify import config, data, models
+from robustify.attacks.pgd import pgd
+from robustify.data import DataSet
+from robustify.errors import UsageError
+from robustify.evaluate import Report, evaluate
+from robustify.models import Classifier
+from robustify.objective import Objective
+from robustify.report import complete, write_report
+from robustify.run_folder import RunFolder
+from robustify.threat import Norm, ThreatModel
+from robustify.train import Fitted, Stage, Training, fit
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that decides what a run is; equal jobs are the same run."""
+
+    recipe: config.Recipe
+    student: str
+    teachers: tuple[str, ...]
+    dataset: DataSet
+    threat: ThreatModel
+    method: Mapping[str, Any]
+    attack: Mapping[str, Any]
+    training: Training
+    seed: int
+    suite: str
+    limit: int | None
+    max_steps: int | None
+    precision: str
+    sync_bn: bool
+
+    def describe(self) -> dict[str, Any]:
+        """What makes this run this run, as plain values: everything but how it is evaluated."""
+        return {
+            "recipe": self.recipe.name,
+            "student": self.student,
+            "teachers": list(self.teachers),
+            "data": {"name": self.dataset.name, "fingerprint": self.dataset.fingerprint},
+            "threat_model": {"norm": self.threat.norm, "eps": self.threat.eps},
+            "method": dict(self.method),
+            "attack": dict(self.attack),
+            "training": vars(self.training),
+            "seed": self.seed,
+            "max_steps": self.max_steps,
+            "precision": self.precision,
+            "sync_bn": self.sync_bn,
+        }
+
+
+def plan(
+    recipe: str,
+    student: str,
+    *,
+    teachers: Sequence[str] = (),
+    dataset: str = "digits",
+    preset: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    norm: Norm | None = None,
+    eps: float | None = None,
+    seed: int = 0,
+    suite: str = "pgd",
+    limit: int | None = None,
+    max_steps: int | None = None,
+    precision: str = "fp32",
+    sync_bn: bool = False,
+    image_size: int | None = None,
+) -> Job:
+    """Check a request before anything long starts. `settings` overrides the recipe's YAML
+    (`{"training.epochs": 5, "beta": 3}`). Raises `UsageError`, `DataError`."""
+    found = config.find(recipe)
+    stages = found.load().stages
+    loaded = data.load(dataset, image_size=image_size)
+    wanted = image_size or models.wanted_image_size(student, loaded.image_size)
+    if wanted not in (None, loaded.image_size):
+        log.info("%s wants images of %d pixels: resizing %s", student, wanted, loaded.name)
+        loaded = data.load(dataset, image_size=wanted)
+    threat = ThreatModel(norm or loaded.threat.norm, loaded.threat.eps if eps is None else eps)
+    schemas = {
+        "method": config.schema(stages, without=("threat", "attack")),
+        "attack": config.schema(pgd, without=("noise",)) if takes_attack(stages) else {},
+        "training": config.schema(Training),
+    }
+    resolved = config.resolve(
+        found, schemas, eps=threat.eps, preset=preset, data_name=loaded.name, settings=settings
+    )
+    if precision not in ("fp32", "bf16"):
+        raise UsageError(
+            f"expected a precision of fp32 or bf16, got {precision!r}; fp16 is not offered because "
+            "its gradients underflow in attacks"
+        )
+    return Job(
+        recipe=found, student=student, teachers=tuple(teachers), dataset=loaded, threat=threat,
+        method=resolved["method"], attack=resolved["attack"],
+        training=Training(**resolved["training"]), seed=seed, suite=suite, limit=limit,
+        max_steps=max_steps, precision=precision, sync_bn=sync_bn,
+    )  # fmt: skip
+
+
+def takes_attack(stages: Any) -> bool:
+    """Whether a recipe has an inner maximisation."""
+    return "attack" in config.schema(stages)
+
+
+def distill(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
+    """Train the student by the recipe, evaluate it, and leave a run folder; returns its path.
+
+    A folder that holds the same job is continued, or, if finished, left as it is. Raises what
+    `RunFolder.held` and `fit` raise; KeyboardInterrupt after saving a checkpoint.
+    """
+    name = f"{job.recipe.name}-{Path(job.student).stem}-{job.dataset.name}"
+    folder = RunFolder(out if out is not None else Path("runs") / name)
+    accelerator = new_accelerator(job)
+    if not accelerator.is_main_process:
+        _work(job, folder, accelerator)
+        return folder.path
+    with folder.held(job.describe(), resume=resume):
+        if folder.record.get("status") == "finished":
+            log.warning("%s is already finished; --no-resume trains it anew", folder.path)
+            return folder.path
+        fitted, student = _work(job, folder, accelerator)
+        _leave(job, folder, student, fitted, accelerator)
+    return folder.path
+
+
+def new_accelerator(job: Job) -> Accelerator:
+    """Accelerate with this job's precision and accumulation, and a sampler that resumes exactly."""
+    # Accelerate keeps one global state and refuses a second precision in one process.
+    AcceleratorState._reset_state(True)
+    return Accelerator(
+        mixed_precision="no" if job.precision == "fp32" else job.precision,
+        gradient_accumulation_steps=job.training.accumulate,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=job.seed),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
+    )
+
+
+def objectives(job: Job) -> Iterator[Objective]:
+    """The recipe's stages, each built from its own seed so that a resumed run builds the same."""
+    dataset = job.dataset
+    fitted_to = dict(num_classes=dataset.num_classes, in_chans=dataset.in_chans,
+                     image_size=dataset.image_size, class_names=dataset.class_names,
+                     mean=dataset.mean, std=dataset.std, data=dataset.source)  # fmt: skip
+    torch.manual_seed(job.seed)
+    student = models.adapt(job.student, **fitted_to)
+    teachers = [models.adapt(teacher, **fitted_to) for teacher in job.teachers]
+    stages = job.recipe.load().stages
+    common = {"threat": job.threat, "attack": job.attack} if takes_attack(stages) else {}
+    generator = stages(student, teachers, **common, **job.method)
+    for number in range(1_000_000):
+        torch.manual_seed(job.seed + 1 + number)
+        objective = next(generator, None)
+        if objective is None:
+            return
+        yield objective
+
+
+def new_stage(job: Job, objective: Objective, number: int, accelerator: Accelerator) -> Stage:
+    """`objective` with this job's data and settings, and what the stage itself changes in them."""
+    train, validation = job.dataset.split_validation()
+    if job.sync_bn:
+        objective = torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+    return Stage(
+        objective, train, validation, number=number, threat=job.threat, accelerator=accelerator,
+        settings=Training(**{**vars(job.training), **objective.training_changes}), seed=job.seed,
+        policy=job.dataset.policy, max_steps=job.max_steps,
+    )  # fmt: skip
+
+
+def _work(job: Job, folder: RunFolder, accelerator: Accelerator) -> tuple[Fitted, Classifier]:
+    """Train the stages one after the other; a finished stage is loaded instead."""
+    fitted: Fitted | None = None
+    student: Classifier | None = None
+    rows: list[dict[str, Any]] = []
+    with interruptible() as interrupted:
+        for number, objective in enumerate(objectives(job)):
+            student = objective.student
+            stage = new_stage(job, objective, number, accelerator)
+            before = list(rows)
+
+            def on_epoch(history: list[dict[str, Any]], before: list[Any] = before) -> None:
+                if accelerator.is_main_process:
+                    lines = (json.dumps(row) for row in before + history)
+                    folder.write("metrics.jsonl", "\n".join(lines) + "\n")
+
+            fitted = fit(stage, checkpoints=folder.checkpoints, interrupted=interrupted,
+                         on_epoch=on_epoch)  # fmt: skip
+            rows += fitted.history
+    if fitted is None or student is None:
+        raise UsageError(f"expected recipe {job.recipe.name} to yield at least one Objective")
+    return fitted, student
+
+
+def _leave(
+    job: Job, folder: RunFolder, student: Classifier, fitted: Fitted, accelerator: Accelerator
+) -> None:
+    """Weights, configuration, report and record."""
+    about = {"recipe": job.recipe.name, "threat_model": job.describe()["threat_model"],
+             "data": job.dataset.source, "selection": fitted.selection}  # fmt: skip
+    student = student.to(torch.device("cpu"), memory_format=torch.contiguous_format)
+    models.save(student, folder.path, about)
+    report = assess(student.to(accelerator.device), job.dataset, job.threat, suite=job.suite,
+                    limit=job.limit, seed=job.seed)  # fmt: skip
+    write_report(folder.path, report, model=models.describe(student), data=job.dataset,
+                 training={**job.describe(), "selection": fitted.selection})  # fmt: skip
+    folder.update(
+        status="finished",
+        selection=fitted.selection,
+        training_seconds=round(fitted.seconds, 1),
+        versions=versions(),
+    )
+
+
+def assess(
+    model: Classifier,
+    dataset: DataSet,
+    threat: ThreatModel,
+    *,
+    suite: str,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> Report:
+    """`evaluate` on the first `limit` images of the test split."""
+    device = next(model.parameters()).device
+    test = dataset.test if limit is None else dataset.test.take(limit)
+    images, labels, _ = test.__getitems__(range(len(test)))
+    return evaluate(
+        model, data.to_float(images).to(device), labels.to(device), suite=suite, norm=threat.norm,
+        eps=threat.eps, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+
+
+def examine(
+    model: str,
+    *,
+    dataset: str | None = None,
+    suite: str = "pgd",
+    norm: Norm | None = None,
+    eps: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> dict[str, Any]:
+    """`robustify evaluate`: the content of a report on any model that `models.load` understands.
+
+    Data set and threat model are those named in the model's metadata, unless given.
+    """
+    classifier = models.load(model)
+    name = dataset or classifier.data
+    if name is None:
+        raise UsageError(f"expected --data, because {model} does not say what it was trained on")
+    loaded = data.load(name, image_size=classifier.image_size)
+    threat = classifier.about.get("threat_model") or vars(loaded.threat)
+    threat = ThreatModel(norm or threat["norm"], threat["eps"] if eps is None else eps)
+    report = assess(classifier, loaded, threat, suite=suite, limit=limit, seed=seed,
+                    batch_size=batch_size)  # fmt: skip
+    return complete(report, model=models.describe(classifier), data=loaded)
+
+
+def dry_run(job: Job) -> dict[str, Any]:
+    """What `distill` would do: settings, sizes, counted work, and time from three real steps."""
+    accelerator = new_accelerator(job)
+    rows = []
+    for number, objective in enumerate(objectives(job)):
+        stage = new_stage(job, copy.deepcopy(objective), number, accelerator)
+        fetched = next(iter(stage.loader))
+        stage.model.train()
+        with FlopCounterMode(display=False) as step_count:
+            stage.step(fetched)
+        images, _, _ = stage.batch(fetched, 0)
+        with FlopCounterMode(display=False) as forward_count, torch.no_grad():
+            stage.objective.student(images)
+        started = time.monotonic()
+        for _ in range(2):
+            stage.step(fetched)
+        seconds = (time.monotonic() - started) / 2
+        forwards = step_count.get_total_flops() / max(forward_count.get_total_flops(), 1)
+        rows.append({
+            "stage": objective.name,
+            "parameters": {n: sum(p.numel() for p in m.parameters())
+                           for n, m in objective.named_children()},
+            "steps": stage.budget,
+            "student_forwards_per_step": round(forwards, 1),
+            "model_passes": round(forwards * stage.budget * len(images) * accelerator.num_processes),
+            "estimated_seconds": round(seconds * stage.budget, 1),
+        })  # fmt: skip
+    return {**job.describe(), "stages": rows}
+
+
+@contextmanager
+def interruptible() -> Iterator[Any]:
+    """Turn the first SIGINT or SIGTERM into a question that can be asked; a second one is obeyed."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        log.warning("finishing this step and saving; interrupt again to stop at once")
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever owns the signals keeps them
+        before = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a result."""
+    import accelerate
+    import timm
+
+    return {
+        "robustify": robustify.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+    }

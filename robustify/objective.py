@@ -1,0 +1,112 @@
+"""Objective: what one stage of training minimises, with every network it needs.
+
+A recipe yields Objectives; the loop trains them. An Objective is a dataclass and a module at once:
+its fields are the networks and the settings of the method, `forward` is the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from robustify.models import Classifier
+from robustify.noise import Noise
+
+
+class Frozen(nn.Module):
+    """A network that is used and never trained: eval mode whatever `train` is called, no parameter
+    gradients, not in the optimizer, not in checkpoints. Gradients still flow to its images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode: a parent's `train()` must not wake BatchNorm or dropout."""
+        self.training = False
+        return self
+
+    def forward(self, images: Tensor) -> Any:
+        """What the network gives for (N, C, H, W) images in [0, 1]."""
+        return self.network(images)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Objective(nn.Module):
+    """One stage of training. Subclasses are dataclasses with the same arguments as this one.
+
+    `student` is the network that the stage leaves; `name` tells stages apart; `training` holds
+    settings of the loop that this stage changes (`{"epochs": 5}`).
+    """
+
+    student: Classifier
+    name: str = "student"
+    training_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # Fields that are modules can only be set on an initialised nn.Module.
+        self = super().__new__(cls)
+        nn.Module.__init__(self)
+        return self
+
+    def forward(self, images: Tensor, labels: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """`{"loss": scalar, term: scalar, …}` for (N, C, H, W) images in [0, 1] and (N,) labels;
+        `noise` belongs to these images. Every term but the loss is only logged."""
+        raise NotImplementedError
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """The state dict without the frozen networks: what a checkpoint must hold."""
+        frozen = tuple(f"{n}." for n, m in self.named_modules() if isinstance(m, Frozen))
+        return {k: v for k, v in self.state_dict().items() if not k.startswith(frozen)}
+
+    def load_learned_state(self, state: Mapping[str, Tensor]) -> None:
+        """Undo `learned_state`; raises RuntimeError where names or shapes differ."""
+        missing = self.learned_state().keys() ^ state.keys()
+        if missing:
+            raise RuntimeError(f"checkpoint and objective differ in {sorted(missing)[:3]}")
+        self.load_state_dict(dict(state), strict=False)
+
+
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every submodule's own mode again afterwards."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def batchnorm_updates(network: nn.Module, times: int) -> Iterator[None]:
+    """Forwards inside move BatchNorm's running statistics as `times` equal forwards would.
+
+    `times` updates with momentum m towards the same value are one with 1 - (1 - m)^times.
+    """
+    if times == 1:
+        yield
+        return
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.momentum is not None]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1 - (1 - (norm.momentum or 0)) ** times
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The share of images classified as `labels`: a term to log."""
+    with torch.no_grad():
+        return (logits.argmax(1) == labels).float().mean()

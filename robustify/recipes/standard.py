@@ -1,0 +1,33 @@
+"""Ordinary training or fine-tuning on unperturbed images: the reference, and how teachers are made.
+
+    L = CE(s(x), y)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from robustify.losses import cross_entropy
+from robustify.models import Classifier
+from robustify.noise import Noise
+from robustify.objective import Objective, accuracy
+
+
+def stages(student: Classifier, teachers: Sequence[Classifier]) -> Iterator[Objective]:
+    """One stage; no teacher, no attack."""
+    yield Standard(student=student)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Standard(Objective):
+    """Cross-entropy on clean images."""
+
+    def forward(self, images: Tensor, labels: Tensor, noise: Noise) -> dict[str, Tensor]:
+        logits = self.student(images)
+        return {
+            "loss": cross_entropy(logits, labels).mean(),
+            "clean accuracy": accuracy(logits, labels),
+        }

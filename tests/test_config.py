@@ -1,0 +1,132 @@
+"""Settings: what YAML and --set may say, and what happens to everything else."""
+
+import pytest
+import yaml
+
+from robustify import config
+from robustify.attacks.pgd import pgd
+from robustify.errors import UsageError
+from robustify.train import Training
+
+EPS = 0.1
+
+
+def schemas(recipe):
+    stages = config.find(recipe).load().stages
+    return {
+        "method": config.schema(stages, without=("threat", "attack")),
+        "attack": config.schema(pgd, without=("noise",)),
+        "training": config.schema(Training),
+    }
+
+
+def resolve(recipe="trades", **kwargs):
+    return config.resolve(config.find(recipe), schemas(recipe), eps=EPS, **kwargs)
+
+
+@pytest.mark.parametrize("name", config.names())
+def test_every_recipe_and_preset_fits_its_signature(name):
+    recipe = config.find(name)
+    allowed = schemas(name)
+    if not recipe.sections["attack"]:
+        allowed["attack"] = {}
+    for preset in (None, *recipe.presets):
+        resolved = config.resolve(recipe, allowed, eps=EPS, preset=preset)
+        Training(**resolved["training"])
+
+
+@pytest.mark.parametrize("name", config.names())
+def test_every_recipe_says_what_it_is(name):
+    recipe = config.find(name)
+    assert set(recipe.about) >= {"idea", "paper", "cost", "teachers"}
+    assert f"--recipe {name}" in recipe.path.read_text()
+
+
+def test_numbers_are_read_as_people_write_them():
+    settings = {"training.lr": "1e-3", "step_size": "2/255", "beta": 3}
+    resolved = resolve(settings=settings)
+    assert resolved["training"]["lr"] == 1e-3
+    assert resolved["attack"]["step_size"] == 2 / 255
+    assert resolved["method"]["beta"] == 3.0
+    assert isinstance(resolved["method"]["beta"], float)
+
+
+def test_eps_in_a_setting_is_the_threat_models():
+    assert resolve()["attack"]["step_size"] == pytest.approx(EPS / 4)
+    assert resolve(settings={"step_size": "eps*2"})["attack"]["step_size"] == 2 * EPS
+
+
+def test_a_preset_named_like_the_data_applies_by_itself():
+    assert resolve(data_name="digits")["training"]["epochs"] == 15
+    assert resolve(data_name="digits", preset="paper")["training"]["epochs"] == 76
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("bta", "beta"), ("training.epocs", "training.epochs"), ("attack.step", "attack.steps")],
+)
+def test_a_misspelt_setting_is_refused_with_the_nearest(key, near):
+    with pytest.raises(UsageError, match=f"did you mean '{near}'"):
+        resolve(settings={key: 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("beta", "much"), ("training.epochs", 1.5), ("detach_clean", 1), ("start", "anywhere")],
+)
+def test_a_value_of_the_wrong_type_is_refused(key, value):
+    with pytest.raises(UsageError, match=f"expected {key} to be"):
+        resolve(settings={key: value})
+
+
+def test_set_reads_plain_values():
+    pairs = ["a=1", "b=x", "c=[1, 2]", "d=", "e=1e-3"]
+    assert config.overrides(pairs) == {"a": 1, "b": "x", "c": [1, 2], "d": None, "e": "1e-3"}
+    with pytest.raises(UsageError, match="expected --set key=value"):
+        config.overrides(["beta"])
+
+
+def test_unknown_recipe_is_refused_with_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'peeraid'"):
+        config.find("peerade")
+
+
+def test_a_copied_yaml_runs_by_path(tmp_path):
+    copied = tmp_path / "mine.yaml"
+    copied.write_text("recipe: trades\nmethod: {beta: 2}\n")
+    recipe = config.find(str(copied))
+    assert recipe.name == "trades"
+    assert config.resolve(recipe, schemas("trades"), eps=EPS)["method"] == {"beta": 2.0}
+
+
+def test_a_recipe_of_ones_own_runs_by_path(tmp_path):
+    source = config.folders()[0] / "trades.py"
+    (tmp_path / "mine.py").write_text(source.read_text())
+    (tmp_path / "mine.yaml").write_text("method: {beta: 2}\n")
+    recipe = config.find(str(tmp_path / "mine.py"))
+    assert recipe.sections["method"] == {"beta": 2}
+    assert recipe.load().Trades.__name__ == "Trades"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n", "expected .* to hold a mapping"),
+        ("recipe: trades\nmethods: {}\n", "did you mean 'method'"),
+        ("recipe: nothing\n", "to say `recipe: NAME`"),
+        ("a: [", "to be readable YAML"),
+        ("!!python/object/apply:os.system ['true']", "to be readable YAML"),
+    ],
+)
+def test_a_wrong_yaml_is_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        config.find(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_files_hold_plain_values():
+    for name in config.names():
+        content = yaml.safe_load(config.find(name).path.read_text())
+        assert isinstance(content, dict)
