@@ -1,8 +1,8 @@
-"""Classifier: images in [0, 1] -> logits, whatever network and normalization are inside.
+"""Networks by name, in and out: load, create, adapt to a data set, save.
 
     load(name)                  a trained network as it was saved, for use
-    adapt(name, num_classes=…)  a network to be trained on a data set: from scratch where the name is
-                                a plain architecture, otherwise its weights, made to fit
+    adapt(name, num_classes=…)  a network to be trained on a data set: from scratch where the name
+                                is a plain architecture, otherwise its weights, made to fit
     save(classifier, folder)    model.safetensors and config.json, as timm and the Hub read them
 
 A name is a timm architecture (`resnet18`), one with a pretrained tag (`resnet18.a1_in1k`),
@@ -22,9 +22,10 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import get_model_args, get_model_input_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
+from robustify.classifier import Classifier, describe, hub_config
 from robustify.errors import HubError, ModelError, UsageError, suggest
 from robustify.files import atomic_write, replacing
 from robustify.networks import SMALL_IMAGE, small_variant
@@ -39,82 +40,24 @@ from robustify.weights import (
     read_file,
     read_folder,
     registry_cfg,
-    require_architecture,
 )
 
+__all__ = [
+    "Classifier",
+    "adapt",
+    "create",
+    "describe",
+    "hub_config",
+    "like",
+    "load",
+    "match_labels",
+    "save",
+    "save_weights",
+    "wanted_image_size",
+    "weights_hash",
+]
+
 log = logging.getLogger(__name__)
-
-
-class Classifier(nn.Module):
-    """A network with its normalization: (N, C, H, W) images in [0, 1] -> (N, K) logits.
-
-    `module` is the bare timm network, and alone in what is saved; `mean` and `std` are per channel.
-    `image_size` is the side of the images it is for, in pixels; `about` is what was recorded with
-    its weights (recipe, threat model, data).
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        architecture: str,
-        image_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        class_names: Sequence[str] | None = None,
-        about: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.module = module
-        self.architecture = architecture
-        self.image_size = image_size
-        self.num_classes: int = module.num_classes  # type: ignore[assignment]
-        self.in_chans: int = module.in_chans  # type: ignore[assignment]
-        self.class_names = None if class_names is None else tuple(class_names)
-        self.about = dict(about or {})
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != self.in_chans:
-                raise ModelError(
-                    f"expected {self.in_chans} values of {name} for {architecture}, got {values}"
-                )
-            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
-
-    @property
-    def data(self) -> str | None:
-        """The data set it was trained on, if that was recorded."""
-        return self.about.get("data")
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as the bare network wants them."""
-        return (images - self.mean) / self.std
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, K) logits of (N, C, H, W) images in [0, 1]."""
-        return self.module(self.normalize(images))  # type: ignore[no-any-return]
-
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, K) logits and the last feature map (N, D, h, w), both from one forward.
-
-        Tokens come as the grid of patches they stand for, without class tokens.
-        """
-        maps = self.module.forward_features(self.normalize(images))  # type: ignore[operator]
-        logits = self.module.forward_head(maps)  # type: ignore[operator]
-        return logits, self._as_map(maps, images)
-
-    def _as_map(self, maps: Tensor, images: Tensor) -> Tensor:
-        if maps.dim() == 4:
-            channels_last = getattr(self.module, "output_fmt", "NCHW") == "NHWC"
-            return maps.permute(0, 3, 1, 2) if channels_last else maps
-        tokens = maps[:, getattr(self.module, "num_prefix_tokens", 0) :]
-        height, width = images.shape[-2:]
-        cells = tokens.shape[1]
-        rows = max(1, round((cells * height / width) ** 0.5))
-        if rows * (cells // rows) != cells:
-            rows = cells
-        return tokens.transpose(1, 2).unflatten(2, (rows, cells // rows))
 
 
 def load(
@@ -128,9 +71,8 @@ def load(
     saved = _find(str(name))
     if isinstance(saved, str):
         saved = _pretrained(saved)
-    return _classifier(
-        _build(saved), saved.architecture, saved.cfg, mean=mean, std=std, about=saved.about
-    )
+    module = _timm(saved.architecture, saved.cfg, saved.model_args, saved)
+    return _classifier(module, saved.architecture, saved.cfg, mean, std, about=saved.about)
 
 
 def create(
@@ -152,8 +94,8 @@ def create(
     """
     if not timm.is_model(architecture):
         raise _unknown(architecture)
-    small = small_variant(architecture) if image_size <= SMALL_IMAGE else None
-    architecture = small or architecture
+    size = registry_cfg(architecture)["input_size"][1]
+    architecture = _variant(architecture, size, image_size)
     cfg = registry_cfg(architecture)
     cfg |= {
         "num_classes": num_classes,
@@ -162,7 +104,7 @@ def create(
         "std": tuple(std or (0.5,) * in_chans),
         "label_names": class_names and tuple(class_names),
     }
-    module = _timm(architecture, cfg, {}, None)
+    module = _timm(architecture, cfg, {})
     return _classifier(module, architecture, cfg, about={"data": data} if data else {})
 
 
@@ -183,42 +125,34 @@ def adapt(
     Weights keep their own normalization, unless the number of channels changes. Raises as `load`.
     """
     saved = _find(str(name))
-    if saved == architecture_of(str(name)) == str(name):
+    if saved == architecture_of(str(name)):
         return create(
-            str(name), num_classes=num_classes, in_chans=in_chans, image_size=image_size,
+            saved, num_classes=num_classes, in_chans=in_chans, image_size=image_size,
             mean=mean, std=std, class_names=class_names, data=data,
         )  # fmt: skip
     if isinstance(saved, str):
         saved = _pretrained(saved)
-    module, architecture, cfg = _build(saved), saved.architecture, dict(saved.cfg)
-    size_before = cfg["input_size"][1]
-    small = small_variant(architecture) if image_size <= SMALL_IMAGE < size_before else None
-    if small:
+    channels, size = saved.cfg["input_size"][:2]
+    architecture = _variant(saved.architecture, size, image_size)
+    if architecture != saved.architecture:
         log.warning(
-            "%s is for %d-pixel images: taking %s, whose stem keeps the centre of the kernel",
-            saved.origin, size_before, small,
+            "%s is for %d-pixel images: taking %s, whose first convolution keeps the centre of its "
+            "kernel", saved.origin, size, architecture,
         )  # fmt: skip
-    channels_before = cfg["input_size"][0]
-    if (
-        small
-        or in_chans != channels_before
-        or _is_fixed(module, saved)
-        and image_size != size_before
-    ):
-        module = _rebuilt(module, saved, small or architecture, in_chans, image_size)
-    if in_chans != channels_before:
-        log.warning("%s took %d channels, now %d", saved.origin, channels_before, in_chans)
+    cfg = {**saved.cfg, "input_size": (in_chans, image_size, image_size)}
+    if in_chans != channels:
+        log.warning("%s took %d channels, now %d", saved.origin, channels, in_chans)
         cfg |= {"mean": tuple(mean or (0.5,) * in_chans), "std": tuple(std or (0.5,) * in_chans)}
-    if num_classes != module.num_classes:
-        log.warning(
-            "%s has %d classes, the data %d: its head is replaced by a new one",
-            saved.origin, module.num_classes, num_classes,
-        )  # fmt: skip
-        module.reset_classifier(num_classes)  # type: ignore[operator]
-    cfg |= {"input_size": (in_chans, image_size, image_size), "num_classes": num_classes}
-    cfg["label_names"] = class_names and tuple(class_names)
-    about = {"base": saved.origin} | ({"data": data} if data else {})
-    return _classifier(module, small or architecture, cfg, about=about)
+    base = saved.origin if ":" in saved.origin or "." in str(name) else Path(saved.origin).name
+    classifier = _classifier(
+        _refitted(saved, architecture, in_chans, image_size),
+        architecture,
+        cfg,
+        about={"base": base} | ({"data": data} if data else {}),
+    )
+    if num_classes != classifier.num_classes or class_names is not None:
+        _fit_head(classifier, num_classes, class_names, saved.origin)
+    return classifier
 
 
 def like(classifier: Classifier, name: str | None = None) -> Classifier:
@@ -235,45 +169,47 @@ def like(classifier: Classifier, name: str | None = None) -> Classifier:
     return adapt(name or classifier.architecture, **fitted_to)
 
 
+def match_labels(classifier: Classifier, class_names: Sequence[str]) -> Classifier:
+    """`classifier` with its logits in the order of `class_names`, matched by name.
+
+    Names it has besides are left out; a network without names is taken as it is if it has as many
+    classes. Raises `ModelError`, showing both lists, where neither fits.
+    """
+    wanted, own = tuple(class_names), classifier.class_names
+    if own == wanted or (own is None and classifier.num_classes == len(wanted)):
+        classifier.class_names = wanted
+        return classifier
+    if own is None or not set(wanted) <= set(own) or len(set(own)) < len(own):
+        raise ModelError(
+            f"expected a network for the classes of the data, {_listed(wanted)}, got one for "
+            f"{_listed(own) if own else f'{classifier.num_classes} classes without names'}; choose "
+            "another network or other data"
+        )
+    _take_rows(classifier, [own.index(name) for name in wanted])
+    classifier.class_names = wanted
+    return classifier
+
+
 def wanted_image_size(name: str | Path, image_size: int | None = None) -> int | None:
     """The side, in pixels, that images of `image_size` pixels should get for the named network.
 
     Its own where the network is built for one size (ViT, Swin); otherwise that of the images, but
     at least what the network's poolings leave one pixel of. None where the images decide and their
-    size is not given. Raises as `load`, except that pretrained weights are not fetched.
+    size is not given. Raises as `load`; pretrained weights of timm's are not fetched for it.
     """
     found = _find(str(name))
-    if isinstance(found, Saved):
-        architecture, args, cfg = found.architecture, found.model_args, found.cfg
-    else:
-        architecture, args, cfg = architecture_of(found), {}, registry_cfg(found)
-    own_size: int = cfg["input_size"][1]
-    if image_size and image_size <= SMALL_IMAGE and not isinstance(found, Saved):
-        architecture = small_variant(architecture) or architecture
-        cfg = cfg | {"input_size": (cfg["input_size"][0], image_size, image_size)}
+    if isinstance(found, str):
+        found = Saved(found, architecture_of(found), {}, registry_cfg(found))
+    own_size: int = found.cfg["input_size"][1]
+    architecture = _variant(found.architecture, own_size, image_size or own_size)
     with torch.device("meta"):
-        module = timm.create_model(architecture, **args)
+        module = _timm(architecture, found.cfg, found.model_args)
     if get_model_input_config(module)["fixed_input_size"]:
         return own_size
     if image_size is None:
         return None
-    return max(image_size, int(module.feature_info[-1]["reduction"]))
-
-
-def describe(classifier: Classifier) -> dict[str, Any]:
-    """What rebuilds the classifier around its weights: plain values, as saved in the header."""
-    args = get_model_args(classifier.module)
-    known = {"num_classes", "in_chans"}
-    return {
-        "architecture": classifier.architecture,
-        "model_args": {key: value for key, value in args.items() if key not in known},
-        "num_classes": classifier.num_classes,
-        "in_chans": classifier.in_chans,
-        "image_size": classifier.image_size,
-        "mean": classifier.mean.flatten().tolist(),
-        "std": classifier.std.flatten().tolist(),
-        "class_names": classifier.class_names and list(classifier.class_names),
-    }
+    halvings = getattr(module, "feature_info", None) or [{"reduction": 1}]
+    return max(image_size, int(halvings[-1]["reduction"]))
 
 
 def save(
@@ -282,8 +218,8 @@ def save(
     """Write `model.safetensors` and `config.json` into `folder`, each whole or not at all.
 
     The weights file alone suffices for `load`; the folder loads with
-    `timm.create_model("local-dir:folder", pretrained=True)`, after `import robustify.networks` where
-    the architecture is one of those. `about` (plain values) is added to what is recorded.
+    `timm.create_model("local-dir:folder", pretrained=True)`, after `import robustify.networks`
+    where the architecture is one of those. `about` (plain values) is added to what is recorded.
     Raises `RunFolderError` for a folder that cannot be written.
     """
     folder = Path(folder)
@@ -314,43 +250,6 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise ModelError(f"expected finite weights to save, but {name!r} holds NaN or infinity")
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-
-
-def hub_config(classifier: Classifier) -> dict[str, Any]:
-    """`config.json` in timm's Hub layout.
-
-    Without `model_args.num_classes`, with which transformers cannot load a timm model.
-    """
-    module = classifier.module
-    traits = get_model_input_config(module)
-    size = (classifier.in_chans, classifier.image_size, classifier.image_size)
-    cfg = registry_cfg(classifier.architecture) | {
-        "input_size": size,
-        "fixed_input_size": traits["fixed_input_size"],
-        "first_conv": traits["first_conv"],
-        "crop_pct": 1.0,
-        "mean": classifier.mean.flatten().tolist(),
-        "std": classifier.std.flatten().tolist(),
-        "num_classes": classifier.num_classes,
-        "pool_size": None,
-    }
-    for key in (
-        "test_input_size",
-        "test_crop_pct",
-        "min_input_size",
-        "label_names",
-        "architecture",
-    ):
-        cfg.pop(key, None)
-    config = {
-        "architecture": classifier.architecture,
-        "num_classes": classifier.num_classes,
-        "num_features": module.num_features,
-    }
-    if classifier.class_names:
-        config["label_names"] = list(classifier.class_names)
-    args = {k: v for k, v in get_model_args(module).items() if k != "num_classes"}
-    return config | {"model_args": args, "pretrained_cfg": cfg}
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -407,8 +306,7 @@ def _pretrained(name: str) -> Saved:
             f".safetensors file, or {architecture}:FILE"
         )
     if name == architecture:
-        name = timm.get_pretrained_cfg(architecture).tag
-        name = f"{architecture}.{name}"
+        name = f"{architecture}.{timm.get_pretrained_cfg(architecture).tag}"
         log.warning("%s: taking timm's default weights %s", architecture, name)
     if name not in tags:
         raise UsageError(f"expected one of {', '.join(tags)}, got {name!r}{suggest(name, tags)}")
@@ -419,67 +317,107 @@ def _pretrained(name: str) -> Saved:
             f"could not get the weights of {name}: {str(error).splitlines()[0]}; check the "
             "network, or HF_HUB_OFFLINE and HF_HOME"
         ) from error
-    cfg = registry_cfg(name)
-    return Saved(name, architecture, module.state_dict(), cfg, {})
+    return Saved(name, architecture, module.state_dict(), registry_cfg(name))
 
 
-def _build(saved: Saved) -> nn.Module:
-    """The network with its weights, all of them and no others."""
-    return _timm(saved.architecture, saved.cfg, saved.model_args, saved)
+def _variant(architecture: str, size: int, image_size: int) -> str:
+    """What to build for images of `image_size` pixels of a network made for `size`."""
+    small = small_variant(architecture) if image_size <= SMALL_IMAGE < size else None
+    return small or architecture
 
 
-def _rebuilt(
-    module: nn.Module, saved: Saved, architecture: str, in_chans: int, image_size: int
-) -> nn.Module:
-    """The same weights in another variant, number of channels or image size, as timm fits them."""
+def _refitted(saved: Saved, architecture: str, in_chans: int, image_size: int) -> nn.Module:
+    """The saved network, its weights fitted by timm to another variant, channels or size."""
+    module = _timm(saved.architecture, saved.cfg, saved.model_args, saved)
+    fixed = get_model_input_config(module)["fixed_input_size"]
+    before = (saved.architecture, *saved.cfg["input_size"][: 2 if fixed else 1])
+    if before == (architecture, in_chans, image_size)[: len(before)]:
+        return module
     args: dict[str, Any] = {**saved.model_args, "in_chans": in_chans}
-    if _is_fixed(module, saved):
+    if fixed:
         args["img_size"] = image_size
-    cfg = {**registry_cfg(architecture), "num_classes": saved.cfg["num_classes"]}
-    cfg["input_size"] = saved.cfg["input_size"]
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    return _timm(architecture, cfg, args, Saved(saved.origin, architecture, weights, cfg, args))
+    cfg = {**registry_cfg(architecture), "num_classes": saved.cfg["num_classes"]}
+    cfg["input_size"] = saved.cfg["input_size"]  # of the weights: timm fits them to `args`
+    source = Saved(saved.origin, architecture, weights, cfg, args)
+    return _timm(architecture, cfg, args, source)
 
 
-def _is_fixed(module: nn.Module, saved: Saved) -> bool:
-    return bool(get_model_input_config(module)["fixed_input_size"])
+def _fit_head(
+    classifier: Classifier, num_classes: int, class_names: Sequence[str] | None, origin: str
+) -> None:
+    own = classifier.class_names
+    if own and class_names and set(class_names) <= set(own):
+        match_labels(classifier, class_names)
+        return
+    if num_classes != classifier.num_classes:
+        log.warning(
+            "%s has %d classes, the data %d: its head is replaced by a new one",
+            origin, classifier.num_classes, num_classes,
+        )  # fmt: skip
+        classifier.module.reset_classifier(num_classes)  # type: ignore[operator]
+        classifier.num_classes = num_classes
+    elif own and class_names:
+        log.warning(
+            "%s has other class names than the data: its head is kept to start from", origin
+        )
+    classifier.class_names = None if class_names is None else tuple(class_names)
+
+
+def _take_rows(classifier: Classifier, rows: list[int]) -> None:
+    """Keep these rows of the head, in this order."""
+    head = classifier.module.get_classifier()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear | nn.Conv2d):
+        raise ModelError(f"expected a linear head to reorder, got {type(head).__name__}")
+    kept = {name: tensor.detach()[rows].clone() for name, tensor in head.named_parameters()}
+    classifier.module.reset_classifier(len(rows))  # type: ignore[operator]
+    classifier.module.get_classifier().load_state_dict(kept)  # type: ignore[operator]
+    classifier.num_classes = len(rows)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > 10 else ""
+    return "[" + ", ".join(names[:10]) + more + "]"
 
 
 def _timm(
-    architecture: str, cfg: Mapping[str, Any], args: Mapping[str, Any], saved: Saved | None
+    architecture: str,
+    cfg: Mapping[str, Any],
+    args: Mapping[str, Any],
+    saved: Saved | None = None,
 ) -> nn.Module:
-    """`timm.create_model`; with `saved`, its weights as timm loads pretrained ones."""
+    """`timm.create_model`; with `saved`, its weights loaded as timm loads pretrained ones.
+
+    Raises `ModelError`.
+    """
     weights = {"state_dict": dict(saved.weights)} if saved else {}
     try:
-        module: nn.Module = timm.create_model(
+        module: Any = timm.create_model(
             architecture, pretrained=bool(saved), pretrained_cfg={**cfg, **weights}, **args
         )
     except Exception as error:  # timm raises RuntimeError, TypeError, KeyError, AssertionError, …
-        origin = saved.origin if saved else architecture
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if saved is None:
+            raise ModelError(
+                f"expected timm to build {architecture} for {cfg['input_size'][1]}-pixel images, "
+                f"but: {reason}; ask for another image size or architecture"
+            ) from error
+        expected = _timm(architecture, cfg, args).state_dict()
         raise ModelError(
-            f"{_misfit(architecture, cfg, args, saved) or error}".replace("\n", " ")
-            if saved
-            else f"could not build {origin}: {error}"
+            f"expected the weights of {architecture} in {saved.origin}, but they differ: "
+            f"{differences(expected, saved.weights) or reason}"
         ) from error
-    module.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr,operator]
-    return module
-
-
-def _misfit(
-    architecture: str, cfg: Mapping[str, Any], args: Mapping[str, Any], saved: Saved
-) -> str:
-    expected = timm.create_model(architecture, pretrained_cfg=dict(cfg), **args).state_dict()
-    found = differences(expected, saved.weights)
-    return f"expected the weights of {architecture} in {saved.origin}, but they differ: {found}"
+    module.pretrained_cfg.pop("state_dict", None)
+    return module  # type: ignore[no-any-return]
 
 
 def _classifier(
     module: nn.Module,
     architecture: str,
     cfg: Mapping[str, Any],
-    *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    *,
     about: Mapping[str, Any],
 ) -> Classifier:
     names = cfg.get("label_names")

@@ -1,4 +1,4 @@
-"""Weights and what is recorded about them: safetensors files, folders in timm's Hub layout, the Hub.
+"""Weights and what is recorded about them: safetensors files, timm's Hub folders, the Hub.
 
 Nothing here runs code that came with a file: pickles are refused unread, `config.json` can only
 name an architecture that is known already, with plain values as its arguments.
@@ -204,12 +204,11 @@ def read_folder(folder: Path, origin: str | None = None) -> Saved:
     weights, header = _read_weights(folder)
     recorded = _parse(header.get(HEADER_KEY, "{}"), folder / WEIGHTS_FILE)
     about, model = recorded.get("about") or {}, recorded.get("model") or {}
-    architecture = config.get("architecture")
-    if architecture is None and "model_type" in config:
+    if "architecture" not in config and "model_type" in config:
         raise ModelError(
             f"expected a timm model, got a transformers {config['model_type']!r} model in {origin}"
         )
-    require_architecture(architecture, str(config_file))
+    architecture = require_architecture(config.get("architecture"), str(config_file))
     if model and model.get("architecture") != architecture:
         raise ModelError(
             f"expected {config_file} and the weights beside it to agree, got architecture "
@@ -308,7 +307,8 @@ def fetch(repository: str) -> Path:
 def _hub_refusal(repository: str, error: Exception) -> str:
     """The order matters: gated is a kind of missing, and cached-only a kind of missing file."""
     causes: list[tuple[type[Exception], str]] = [
-        (hub_errors.GatedRepoError, "access to it must be asked for on its page, then set HF_TOKEN"),
+        (hub_errors.GatedRepoError, "access to it must be asked for on its page; then set "
+         "HF_TOKEN"),
         (hub_errors.RepositoryNotFoundError, "there is no such repository, or it is private: check "
          "the name, or set HF_TOKEN"),
         (hub_errors.RevisionNotFoundError, "it has no such revision: check what follows the @"),

@@ -1,0 +1,138 @@
+"""Classifier: images in [0, 1] -> logits, whatever network and normalization are inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.models import get_model_args, get_model_input_config
+from torch import Tensor, nn
+
+from robustify.errors import ModelError
+from robustify.weights import registry_cfg
+
+
+class Classifier(nn.Module):
+    """A network with its normalization: (N, C, H, W) images in [0, 1] -> (N, K) logits.
+
+    `module` is the bare timm network, and alone in what is saved; `mean` and `std` are per channel.
+    `image_size` is the side of the images it is for, in pixels; `about` is what was recorded with
+    its weights (recipe, threat model, data).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        architecture: str,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        class_names: Sequence[str] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.architecture = architecture
+        self.image_size = image_size
+        self.num_classes: int = module.num_classes  # type: ignore[assignment]
+        self.in_chans: int = module.in_chans  # type: ignore[assignment]
+        self.class_names = None if class_names is None else tuple(class_names)
+        self.about = dict(about or {})
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != self.in_chans:
+                raise ModelError(
+                    f"expected {self.in_chans} values of {name} for {architecture}, got {values}"
+                )
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+
+    @property
+    def data(self) -> str | None:
+        """The data set it was trained on, if that was recorded."""
+        return self.about.get("data")
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] as the bare network wants them."""
+        return (images - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, K) logits of (N, C, H, W) images in [0, 1]."""
+        return self.module(self.normalize(images))  # type: ignore[no-any-return]
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, K) logits and the last feature map (N, D, h, w), both from one forward.
+
+        Tokens come as the grid of patches they stand for, without class tokens.
+        """
+        maps = self.module.forward_features(self.normalize(images))  # type: ignore[operator]
+        logits = self.module.forward_head(maps)  # type: ignore[operator]
+        return logits, self._as_map(maps, images)
+
+    def _as_map(self, maps: Tensor, images: Tensor) -> Tensor:
+        if maps.dim() == 4:
+            channels_last = getattr(self.module, "output_fmt", "NCHW") == "NHWC"
+            return maps.permute(0, 3, 1, 2) if channels_last else maps
+        tokens = maps[:, getattr(self.module, "num_prefix_tokens", 0) :]
+        height, width = images.shape[-2:]
+        cells = tokens.shape[1]
+        rows = max(1, round((cells * height / width) ** 0.5))
+        if rows * (cells // rows) != cells:
+            rows = cells
+        return tokens.mT.reshape(len(tokens), -1, rows, cells // rows)
+
+
+def describe(classifier: Classifier) -> dict[str, Any]:
+    """What rebuilds the classifier around its weights: plain values, as saved in the header."""
+    args = get_model_args(classifier.module)
+    known = {"num_classes", "in_chans"}
+    return {
+        "architecture": classifier.architecture,
+        "model_args": {key: value for key, value in args.items() if key not in known},
+        "num_classes": classifier.num_classes,
+        "in_chans": classifier.in_chans,
+        "image_size": classifier.image_size,
+        "mean": classifier.mean.flatten().tolist(),
+        "std": classifier.std.flatten().tolist(),
+        "class_names": classifier.class_names and list(classifier.class_names),
+    }
+
+
+def hub_config(classifier: Classifier) -> dict[str, Any]:
+    """`config.json` in timm's Hub layout.
+
+    Without `model_args.num_classes`, with which transformers cannot load a timm model.
+    """
+    module = classifier.module
+    traits = get_model_input_config(module)
+    size = (classifier.in_chans, classifier.image_size, classifier.image_size)
+    cfg = registry_cfg(classifier.architecture) | {
+        "input_size": size,
+        "fixed_input_size": traits["fixed_input_size"],
+        "first_conv": traits["first_conv"],
+        "crop_pct": 1.0,
+        "mean": classifier.mean.flatten().tolist(),
+        "std": classifier.std.flatten().tolist(),
+        "num_classes": classifier.num_classes,
+        "pool_size": None,
+    }
+    for key in (
+        "test_input_size",
+        "test_crop_pct",
+        "min_input_size",
+        "label_names",
+        "architecture",
+    ):
+        cfg.pop(key, None)
+    config = {
+        "architecture": classifier.architecture,
+        "num_classes": classifier.num_classes,
+        "num_features": module.num_features,
+    }
+    if classifier.class_names:
+        config["label_names"] = list(classifier.class_names)
+    args = {k: v for k, v in get_model_args(module).items() if k != "num_classes"}
+    return config | {"model_args": args, "pretrained_cfg": cfg}
