@@ -1,0 +1,1 @@
+"""Attacks: PGD for the inner maximisation, and what an evaluation runs."""

@@ -1,0 +1,111 @@
+"""The model under attack: logits and input gradients, counted, the same for any batch size.
+
+CPU kernels choose their summation order by batch size: measured with torch 2.15 on convolutional,
+fully connected and BatchNorm networks, an image's logits and gradients change in the last bits when
+it shares its batch with fewer than three others, and are bit-identical in every larger batch at
+every position. So a batch is padded to a multiple of eight by repeating its last image. Padding is
+not work that was asked for and is not counted in `passes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from robustify.attacks.passes import Passes
+
+_ROWS = 8  # batches are padded to a multiple of this
+
+LossOfLogits = Callable[[Tensor, Tensor], Tensor]  # logits (n, K), their rows (n,) -> losses (n,)
+
+
+class Victim:
+    """Counts what is asked of `model`, a map from (N, C, H, W) in [0, 1] to logits (N, K).
+
+    A randomised model is sampled `samples` times per question (expectation over transformation,
+    Athalye et al., ICML 2018) and answers with the mean.
+    """
+
+    def __init__(self, model: nn.Module, *, samples: int = 1) -> None:
+        self.model = model
+        self.samples = samples
+        self.passes = Passes()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(N, K) logits, without a graph; the mean of the samples."""
+        with torch.no_grad():
+            return self._mean([self._forward(images) for _ in range(self.samples)])
+
+    def predict(self, images: Tensor) -> Tensor:
+        """(N,) predicted classes; of a randomised model, the class most samples vote for."""
+        with torch.no_grad():
+            votes = [self._forward(images).argmax(1) for _ in range(self.samples)]
+        return votes[0] if self.samples == 1 else torch.stack(votes).mode(0).values
+
+    def gradient(
+        self, images: Tensor, loss: LossOfLogits, wanted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (N, K), losses (N,), and the gradient of the summed losses by `images`.
+
+        Where the mask `wanted` (N,) is False the gradient is zero and not computed.
+        """
+        rows = torch.arange(len(images), device=images.device)
+        if wanted is None or bool(wanted.all()):
+            return self._sampled_gradient(images, loss, rows)
+        with_gradient, without = rows[wanted], rows[~wanted]
+        plain = self.logits(images[without])
+        parts = [(without, plain, loss(plain, without), torch.zeros_like(images[without]))]
+        if len(with_gradient):
+            found = self._sampled_gradient(images[with_gradient], loss, with_gradient)
+            parts.append((with_gradient, *found))
+        order = torch.cat([part[0] for part in parts]).argsort()
+        logits, losses, gradient = (torch.cat([p[i] for p in parts])[order] for i in (1, 2, 3))
+        return logits, losses, gradient
+
+    def gradients(
+        self, images: Tensor, losses: Sequence[LossOfLogits]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and one gradient per loss from a single forward."""
+        rows = torch.arange(len(images), device=images.device)
+        with torch.enable_grad():
+            variable = images.detach().clone().requires_grad_()
+            logits = self._forward(variable)
+            gradients = []
+            for loss in losses:
+                summed = loss(logits, rows).sum()
+                gradients.append(torch.autograd.grad(summed, variable, retain_graph=True)[0])
+        self.passes.backward += len(images) * len(losses)
+        return logits.detach(), gradients
+
+    def _sampled_gradient(
+        self, images: Tensor, loss: LossOfLogits, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = [self._one_gradient(images, loss, rows) for _ in range(self.samples)]
+        logits, losses, gradient = (self._mean([part[i] for part in found]) for i in (0, 1, 2))
+        return logits, losses, gradient
+
+    def _one_gradient(
+        self, images: Tensor, loss: LossOfLogits, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            variable = images.detach().clone().requires_grad_()
+            logits = self._forward(variable)
+            losses = loss(logits, rows)
+            (gradient,) = torch.autograd.grad(losses.sum(), variable)
+        self.passes.backward += len(images)
+        return logits.detach(), losses.detach(), gradient
+
+    def _forward(self, images: Tensor) -> Tensor:
+        count = len(images)
+        self.passes.forward += count
+        missing = -count % _ROWS
+        if missing:
+            images = torch.cat([images, images[-1:].expand(missing, *images.shape[1:])])
+        logits: Tensor = self.model(images)
+        return logits[:count].float()
+
+    @staticmethod
+    def _mean(samples: list[Tensor]) -> Tensor:
+        return samples[0] if len(samples) == 1 else torch.stack(samples).mean(0)
