@@ -144,8 +144,7 @@ def distill(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
         if folder.record.get("status") == "finished":
             log.warning("%s is already finished; --no-resume trains it anew", folder.path)
             return folder.path
-        fitted, student = _work(job, folder, accelerator)
-        _leave(job, folder, student, fitted, accelerator)
+        _leave(job, folder, *_work(job, folder, accelerator), accelerator)
     return folder.path
 
 
@@ -193,14 +192,18 @@ def new_stage(job: Job, objective: Objective, number: int, accelerator: Accelera
     )  # fmt: skip
 
 
-def _work(job: Job, folder: RunFolder, accelerator: Accelerator) -> tuple[Fitted, Classifier]:
-    """Train the stages one after the other; a finished stage is loaded instead."""
+def _work(
+    job: Job, folder: RunFolder, accelerator: Accelerator
+) -> tuple[Objective, Fitted, list[dict[str, Any]]]:
+    """Train the stages one after the other; a finished stage is loaded instead. The last
+    objective, what it left, and one row per stage."""
+    last: Objective | None = None
     fitted: Fitted | None = None
-    student: Classifier | None = None
+    outline: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     with interruptible() as interrupted:
         for number, objective in enumerate(objectives(job)):
-            student = objective.student
+            last = objective
             stage = new_stage(job, objective, number, accelerator)
             before = list(rows)
 
@@ -212,26 +215,37 @@ def _work(job: Job, folder: RunFolder, accelerator: Accelerator) -> tuple[Fitted
             fitted = fit(stage, checkpoints=folder.checkpoints, interrupted=interrupted,
                          on_epoch=on_epoch)  # fmt: skip
             rows += fitted.history
-    if fitted is None or student is None:
+            outline.append({"stage": objective.name, "network": objective.student.architecture,
+                            "selection": fitted.selection, "seconds": round(fitted.seconds, 1)})  # fmt: skip
+    if last is None or fitted is None:
         raise UsageError(f"expected recipe {job.recipe.name} to yield at least one Objective")
-    return fitted, student
+    return last, fitted, outline
 
 
 def _leave(
-    job: Job, folder: RunFolder, student: Classifier, fitted: Fitted, accelerator: Accelerator
+    job: Job,
+    folder: RunFolder,
+    objective: Objective,
+    fitted: Fitted,
+    outline: list[dict[str, Any]],
+    accelerator: Accelerator,
 ) -> None:
     """Weights, configuration, report and record."""
+    record = dict(objective.record)
     about = {"recipe": job.recipe.name, "threat_model": job.describe()["threat_model"],
-             "data": job.dataset.source, "selection": fitted.selection}  # fmt: skip
-    student = student.to(torch.device("cpu"), memory_format=torch.contiguous_format)
+             "data": job.dataset.source, "selection": fitted.selection, "record": record}  # fmt: skip
+    student = objective.student.to(torch.device("cpu"), memory_format=torch.contiguous_format)
     models.save(student, folder.path, about)
     report = assess(student.to(accelerator.device), job.dataset, job.threat, suite=job.suite,
                     limit=job.limit, seed=job.seed)  # fmt: skip
+    training = {**job.describe(), "selection": fitted.selection, "stages": outline, "record": record}
     write_report(folder.path, report, model=models.describe(student), data=job.dataset,
-                 training={**job.describe(), "selection": fitted.selection})  # fmt: skip
+                 training=training, notices=record.get("notices", ()))  # fmt: skip
     folder.update(
         status="finished",
         selection=fitted.selection,
+        stages=outline,
+        record=record,
         training_seconds=round(fitted.seconds, 1),
         versions=versions(),
     )
@@ -281,7 +295,8 @@ def examine(
     threat = ThreatModel(norm or threat["norm"], threat["eps"] if eps is None else eps)
     report = assess(classifier, loaded, threat, suite=suite, limit=limit, seed=seed,
                     batch_size=batch_size)  # fmt: skip
-    return complete(report, model=models.describe(classifier), data=loaded)
+    notices = classifier.about.get("record", {}).get("notices", ())
+    return complete(report, model=models.describe(classifier), data=loaded, notices=notices)
 
 
 def dry_run(job: Job) -> dict[str, Any]:

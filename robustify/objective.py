@@ -42,12 +42,14 @@ class Objective(nn.Module):
     """One stage of training. Subclasses are dataclasses with the same arguments as this one.
 
     `student` is the network that the stage leaves; `name` tells stages apart; `training` holds
-    settings of the loop that this stage changes (`{"epochs": 5}`).
+    settings of the loop that this stage changes (`{"epochs": 5}`); `record` holds plain facts about
+    the student for its metadata and report, `notices` (a list of sentences) among them.
     """
 
     student: Classifier
     name: str = "student"
     training_changes: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Fields that are modules can only be set on an initialised nn.Module.
@@ -60,6 +62,12 @@ class Objective(nn.Module):
         `noise` belongs to these images. Every term but the loss is only logged."""
         raise NotImplementedError
 
+    def prepare(self, batches: Iterator[tuple[Tensor, Tensor, Noise]]) -> None:
+        """Look at the training images before the first step: each once, unaugmented, in order.
+
+        Called again when a run is resumed, so what is found here needs no checkpoint.
+        """
+
     def learned_state(self) -> dict[str, Tensor]:
         """The state dict without the frozen networks: what a checkpoint must hold."""
         frozen = tuple(f"{n}." for n, m in self.named_modules() if isinstance(m, Frozen))
@@ -71,6 +79,12 @@ class Objective(nn.Module):
         if missing:
             raise RuntimeError(f"checkpoint and objective differ in {sorted(missing)[:3]}")
         self.load_state_dict(dict(state), strict=False)
+
+
+def is_untrained(classifier: Classifier) -> bool:
+    """Whether `classifier` was named by its architecture alone, so that it has no weights to teach
+    with yet."""
+    return not classifier.about.keys() - {"data"}
 
 
 @contextmanager

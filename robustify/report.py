@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ def complete(
     model: Mapping[str, Any],
     data: DataSet,
     training: Mapping[str, Any] | None = None,
+    notices: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The content of report.json: the evaluation, and what it was an evaluation of."""
+    """The content of report.json: the evaluation, and what it was an evaluation of. `notices` are
+    sentences that whoever reads the number has to know."""
     about_data = {"name": data.name, "split": "test", "fingerprint": data.fingerprint,
                   "class_names": list(data.class_names)}  # fmt: skip
-    return {**report.to_dict(), "model": dict(model), "data": about_data, "training": training}
+    subject = {"model": dict(model), "data": about_data, "training": training}
+    return {**report.to_dict(), **subject, "notices": list(notices)}
 
 
 def write_report(
@@ -35,9 +38,10 @@ def write_report(
     model: Mapping[str, Any],
     data: DataSet,
     training: Mapping[str, Any] | None = None,
+    notices: Sequence[str] = (),
 ) -> None:
     """Leave report.json, report.md and samples.jsonl in `folder`."""
-    content = complete(report, model=model, data=data, training=training)
+    content = complete(report, model=model, data=data, training=training, notices=notices)
     atomic_write(folder / "report.json", json.dumps(content, indent=2) + "\n")
     atomic_write(folder / "report.md", markdown(content))
     atomic_write(folder / "samples.jsonl", samples(report))
@@ -82,11 +86,12 @@ def markdown(content: Mapping[str, Any]) -> str:
         rows, headers=["attack", "accuracy", "95 % interval", "settings"], tablefmt="github"
     )
     reasons = "".join(f"\n- {reason}" for reason in verdict["reasons"])
+    notices = "".join(f"\n> {notice}\n" for notice in content.get("notices", ()))
     return f"""# Robustness of {model["architecture"]} on {content["data"]["name"]}
 
 **Robust accuracy {percent(content["robust_accuracy"])}** ({interval(content["interval"])}) under suite `{content["suite"]}`: {setting}.
 An empirical upper bound, not a certificate. Clean accuracy {percent(content["clean_accuracy"])}.
-
+{notices}
 Verdict: **{verdict["status"]}**{reasons}
 
 {table}

@@ -60,6 +60,7 @@ class Training:
     warmup_epochs: int = 0
     clip_grad: float | None = None
     accumulate: int = 1
+    augmentation: str | None = None  # none, crop or crop-flip; by default the data set's
     averaging: Literal["none", "swa", "ema"] = "none"
     averaging_start: float = 0.75
     ema_decay: float = 0.999
@@ -132,7 +133,8 @@ class Stage:
         max_steps: int | None = None,
     ) -> None:
         self.objective, self.number, self.settings = objective, number, settings
-        self.validation, self.threat, self.policy, self.seed = validation, threat, policy, seed
+        self.train, self.validation, self.threat, self.seed = train, validation, threat, seed
+        self.policy = settings.augmentation or policy
         self.accelerator = accelerator
         self.progress = Progress()
         self.best: dict[str, dict[str, Tensor]] = {}
@@ -170,6 +172,18 @@ class Stage:
         noise = Noise(self.seed, indices, (self.number, epoch))
         images = to_float(augment(images, noise.fork(AUGMENTATION), self.policy))
         return images.contiguous(memory_format=self.layout), labels, noise.fork(ATTACK)
+
+    def prepare(self) -> None:
+        """Show the objective every training image once."""
+        self.objective.prepare(self._stored_batches())
+
+    def _stored_batches(self) -> Iterator[tuple[Tensor, Tensor, Noise]]:
+        size = self.settings.batch_size
+        for start in range(0, len(self.train), size):
+            fetched = self.train.__getitems__(range(start, min(start + size, len(self.train))))
+            images, labels, indices = (t.to(self.accelerator.device) for t in fetched)
+            images = to_float(images).contiguous(memory_format=self.layout)
+            yield images, labels, Noise(self.seed, indices, (self.number,))
 
     def step(self, fetched: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
         """One batch: forward, backward, and an update where accumulation is due."""
@@ -326,6 +340,8 @@ def fit(
     )  # fmt: skip
     try:
         with torch.random.fork_rng(devices), bar:
+            if not stage.finished:
+                stage.prepare()
             while not stage.finished:
                 _epoch(stage, checkpoints, name, bar, interrupted)
                 on_epoch(stage.progress.history)
