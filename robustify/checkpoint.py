@@ -30,13 +30,14 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def save(
-        self, name: str, number: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
-    ) -> Path:
-        """Write `<name>-<number>-<hash>.safetensors`, then remove what is older than `keep`.
+    def save(self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
+        """Write `<name>-<count>-<hash>.safetensors`, then remove what is older than `keep`.
 
         Raises `RunFolderError` where the folder cannot take it; earlier checkpoints stay.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        last = self.newest(name)
+        number = int(last.stem.split("-")[-2]) + 1 if last else 0
         data = safetensors.torch.save(
             {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
             metadata={"robustify": json.dumps(values)},

@@ -136,7 +136,7 @@ def distill(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
     """
     name = f"{job.recipe.name}-{Path(job.student).stem}-{job.dataset.name}"
     folder = RunFolder(out if out is not None else Path("runs") / name)
-    accelerator = new_accelerator(job)
+    accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
     if not accelerator.is_main_process:
         _work(job, folder, accelerator)
         return folder.path
@@ -148,14 +148,14 @@ def distill(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
     return folder.path
 
 
-def new_accelerator(job: Job) -> Accelerator:
-    """Accelerate with this job's precision and accumulation, and a sampler that resumes exactly."""
+def new_accelerator(precision: str, accumulate: int, seed: int) -> Accelerator:
+    """Accelerate with a sampler that resumes exactly; `precision` is fp32 or bf16."""
     # Accelerate keeps one global state and refuses a second precision in one process.
     AcceleratorState._reset_state(True)
     return Accelerator(
-        mixed_precision="no" if job.precision == "fp32" else job.precision,
-        gradient_accumulation_steps=job.training.accumulate,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=job.seed),
+        mixed_precision="no" if precision == "fp32" else precision,
+        gradient_accumulation_steps=accumulate,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
     )
 
@@ -301,7 +301,7 @@ def examine(
 
 def dry_run(job: Job) -> dict[str, Any]:
     """What `distill` would do: settings, sizes, counted work, and time from three real steps."""
-    accelerator = new_accelerator(job)
+    accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
     rows = []
     for number, objective in enumerate(objectives(job)):
         stage = new_stage(job, copy.deepcopy(objective), number, accelerator)

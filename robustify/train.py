@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -187,7 +188,9 @@ class Stage:
 
     def step(self, fetched: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
         """One batch: forward, backward, and an update where accumulation is due."""
-        progress = self.progress
+        progress, objective = self.progress, self.objective
+        objective.epoch, objective.epochs = progress.epoch, self.settings.epochs
+        objective.lr_scale = self.schedule.optimizer.param_groups[0]["lr"] / self.settings.lr
         # Dropout and drop-path draw from torch's own generator: seed it so that resuming repeats it.
         # The hash of a tuple of integers is the same in every process.
         place = (self.seed, self.number, progress.epoch, progress.step)
@@ -336,7 +339,8 @@ def fit(
     devices = [stage.accelerator.device.index] if stage.accelerator.device.type == "cuda" else []
     bar = tqdm(
         total=stage.budget, initial=stage.progress.updates, desc=stage.objective.name, unit="step",
-        disable=not stage.accelerator.is_main_process, mininterval=1.0, dynamic_ncols=True,
+        disable=not stage.accelerator.is_main_process, dynamic_ncols=True,
+        mininterval=1 if sys.stderr.isatty() else 10,
     )  # fmt: skip
     try:
         with torch.random.fork_rng(devices), bar:
@@ -400,7 +404,7 @@ _SHOWN = ("loss", "student clean", "student robust", "averaged robust")
 
 def _save(stage: Stage, checkpoints: Checkpoints, name: str) -> None:
     if stage.accelerator.is_main_process:
-        checkpoints.save(name, stage.progress.updates, *stage.state())
+        checkpoints.save(name, *stage.state())
 
 
 def validate(
