@@ -95,10 +95,19 @@ def describe(classifier: Classifier) -> dict[str, Any]:
         "num_classes": classifier.num_classes,
         "in_chans": classifier.in_chans,
         "image_size": classifier.image_size,
-        "mean": classifier.mean.flatten().tolist(),
-        "std": classifier.std.flatten().tolist(),
+        "mean": _decimals(classifier.mean),
+        "std": _decimals(classifier.std),
         "class_names": classifier.class_names and list(classifier.class_names),
     }
+
+
+def _decimals(values: Tensor) -> list[float]:
+    """The shortest decimals that are these float32 numbers: 0.485 and not 0.48500001430511475."""
+    shortest = []
+    for value in values.flatten().tolist():
+        tries = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+        shortest.append(next(t for t in tries if torch.tensor(t) == torch.tensor(value)))
+    return shortest
 
 
 def hub_config(classifier: Classifier) -> dict[str, Any]:
@@ -114,8 +123,8 @@ def hub_config(classifier: Classifier) -> dict[str, Any]:
         "fixed_input_size": traits["fixed_input_size"],
         "first_conv": traits["first_conv"],
         "crop_pct": 1.0,
-        "mean": classifier.mean.flatten().tolist(),
-        "std": classifier.std.flatten().tolist(),
+        "mean": _decimals(classifier.mean),
+        "std": _decimals(classifier.std),
         "num_classes": classifier.num_classes,
         "pool_size": None,
     }
@@ -136,3 +145,40 @@ def hub_config(classifier: Classifier) -> dict[str, Any]:
         config["label_names"] = list(classifier.class_names)
     args = {k: v for k, v in get_model_args(module).items() if k != "num_classes"}
     return config | {"model_args": args, "pretrained_cfg": cfg}
+
+
+def match_labels(classifier: Classifier, class_names: Sequence[str]) -> Classifier:
+    """`classifier` with its logits in the order of `class_names`, matched by name.
+
+    Names it has besides are left out; a network without names is taken as it is if it has as many
+    classes. Raises `ModelError`, showing both lists, where neither fits.
+    """
+    wanted, own = tuple(class_names), classifier.class_names
+    if own == wanted or (own is None and classifier.num_classes == len(wanted)):
+        classifier.class_names = wanted
+        return classifier
+    if own is None or not set(wanted) <= set(own) or len(set(own)) < len(own):
+        raise ModelError(
+            f"expected a network for the classes of the data, {_listed(wanted)}, got one for "
+            f"{_listed(own) if own else f'{classifier.num_classes} classes without names'}; choose "
+            "another network or other data"
+        )
+    _take_rows(classifier, [own.index(name) for name in wanted])
+    classifier.class_names = wanted
+    return classifier
+
+
+def _take_rows(classifier: Classifier, rows: list[int]) -> None:
+    """Keep these rows of the head, in this order."""
+    head = classifier.module.get_classifier()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear | nn.Conv2d):
+        raise ModelError(f"expected a linear head to reorder, got {type(head).__name__}")
+    kept = {name: tensor.detach()[rows].clone() for name, tensor in head.named_parameters()}
+    classifier.module.reset_classifier(len(rows))  # type: ignore[operator]
+    classifier.module.get_classifier().load_state_dict(kept)  # type: ignore[operator]
+    classifier.num_classes = len(rows)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > 10 else ""
+    return "[" + ", ".join(names[:10]) + more + "]"

@@ -82,7 +82,7 @@ class _Folded:
         self.built_from = _Fingerprint.of(network, channels_last)
         self.graph, self.pairs = _trace(network)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.graph.to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.graph.to(memory_format=self.layout)
         tensors = [*self.graph.named_parameters(), *self.graph.named_buffers()]
         of_pairs = {f"{conv}.{name}" for conv in self.pairs for name in ("weight", "bias")}
         self.rest = [(name, tensor) for name, tensor in tensors if name not in of_pairs]

@@ -12,7 +12,6 @@ that does not say what network it holds, `architecture:file`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,12 +24,22 @@ from safetensors.torch import save_file
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
-from robustify.classifier import Classifier, describe, hub_config
+from robustify.classifier import Classifier, describe, hub_config, match_labels
 from robustify.errors import HubError, ModelError, UsageError, suggest
 from robustify.files import atomic_write, replacing
+from robustify.frozen import weights_hash
 from robustify.networks import SMALL_IMAGE, small_variant
+from robustify.purifier import (
+    CLASSIFIER_FOLDER,
+    PURIFIER_FILE,
+    Purified,
+    purifier_file,
+    read_purifier,
+    write_purifier,
+)
 from robustify.weights import (
     CONFIG_FILE,
+    FILE_SUFFIXES,
     HEADER_KEY,
     WEIGHTS_FILE,
     Saved,
@@ -61,16 +70,22 @@ log = logging.getLogger(__name__)
 
 
 def load(
-    name: str | Path, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    name: str | Path,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    force: bool = False,
 ) -> Classifier:
-    """A trained network as it was saved, in eval mode on the CPU.
+    """A trained network as it was saved, in eval mode on the CPU; a purified one as a `Purified`.
 
-    `mean` and `std` replace what the file says, or what is assumed where it says nothing. Raises
-    `ModelError` for what cannot be read, `UsageError` for an unknown name, `HubError`.
+    `mean` and `std` replace what the file says, or what is assumed where it says nothing. `force`
+    takes a purified model whose classifier is not the one it was saved with. Raises `ModelError`
+    for what cannot be read, `UsageError` for an unknown name, `HubError`.
     """
-    saved = _find(str(name))
-    if isinstance(saved, str):
-        saved = _pretrained(saved)
+    if (purifier := purifier_file(name)) is not None:
+        classifier = load(purifier.parent / CLASSIFIER_FOLDER, mean=mean, std=std)
+        return read_purifier(purifier).join(classifier, force=force)
+    saved = _weights(_find(str(name)), assumes=not (mean and std))
     module = _timm(saved.architecture, saved.cfg, saved.model_args, saved)
     return _classifier(module, saved.architecture, saved.cfg, mean, std, about=saved.about)
 
@@ -96,14 +111,7 @@ def create(
         raise _unknown(architecture)
     size = registry_cfg(architecture)["input_size"][1]
     architecture = _variant(architecture, size, image_size)
-    cfg = registry_cfg(architecture)
-    cfg |= {
-        "num_classes": num_classes,
-        "input_size": (in_chans, image_size, image_size),
-        "mean": tuple(mean or (0.5,) * in_chans),
-        "std": tuple(std or (0.5,) * in_chans),
-        "label_names": class_names and tuple(class_names),
-    }
+    cfg = _described(architecture, num_classes, in_chans, image_size, mean, std, class_names)
     module = _timm(architecture, cfg, {})
     return _classifier(module, architecture, cfg, about={"data": data} if data else {})
 
@@ -130,26 +138,24 @@ def adapt(
             saved, num_classes=num_classes, in_chans=in_chans, image_size=image_size,
             mean=mean, std=std, class_names=class_names, data=data,
         )  # fmt: skip
-    if isinstance(saved, str):
-        saved = _pretrained(saved)
+    saved = _weights(saved)
     channels, size = saved.cfg["input_size"][:2]
     architecture = _variant(saved.architecture, size, image_size)
     if architecture != saved.architecture:
         log.warning(
-            "%s is for %d-pixel images: taking %s, whose first convolution keeps the centre of its "
-            "kernel", saved.origin, size, architecture,
+            "%s is for %d-pixel images: taking %s; a wider first kernel keeps its centre, a head "
+            "that differs starts anew", saved.origin, size, architecture,
         )  # fmt: skip
     cfg = {**saved.cfg, "input_size": (in_chans, image_size, image_size)}
     if in_chans != channels:
         log.warning("%s took %d channels, now %d", saved.origin, channels, in_chans)
         cfg |= {"mean": tuple(mean or (0.5,) * in_chans), "std": tuple(std or (0.5,) * in_chans)}
     base = saved.origin if ":" in saved.origin or "." in str(name) else Path(saved.origin).name
-    classifier = _classifier(
-        _refitted(saved, architecture, in_chans, image_size),
-        architecture,
-        cfg,
-        about={"base": base} | ({"data": data} if data else {}),
-    )
+    about: dict[str, Any] = {"base": base} | ({"data": data} if data else {})
+    if architecture != saved.architecture or in_chans != channels:
+        about["replaced"] = ["stem"]
+    module = _refitted(saved, architecture, in_chans, image_size)
+    classifier = _classifier(module, architecture, cfg, about=about)
     if num_classes != classifier.num_classes or class_names is not None:
         _fit_head(classifier, num_classes, class_names, saved.origin)
     return classifier
@@ -157,37 +163,14 @@ def adapt(
 
 def like(classifier: Classifier, name: str | None = None) -> Classifier:
     """Another network for the same data: `name`, or the same architecture from scratch."""
-    fitted_to: dict[str, Any] = {
-        "num_classes": classifier.num_classes,
-        "in_chans": classifier.in_chans,
-        "image_size": classifier.image_size,
-        "mean": classifier.mean.flatten().tolist(),
-        "std": classifier.std.flatten().tolist(),
-        "class_names": classifier.class_names,
-        "data": classifier.data,
-    }
-    return adapt(name or classifier.architecture, **fitted_to)
-
-
-def match_labels(classifier: Classifier, class_names: Sequence[str]) -> Classifier:
-    """`classifier` with its logits in the order of `class_names`, matched by name.
-
-    Names it has besides are left out; a network without names is taken as it is if it has as many
-    classes. Raises `ModelError`, showing both lists, where neither fits.
-    """
-    wanted, own = tuple(class_names), classifier.class_names
-    if own == wanted or (own is None and classifier.num_classes == len(wanted)):
-        classifier.class_names = wanted
-        return classifier
-    if own is None or not set(wanted) <= set(own) or len(set(own)) < len(own):
-        raise ModelError(
-            f"expected a network for the classes of the data, {_listed(wanted)}, got one for "
-            f"{_listed(own) if own else f'{classifier.num_classes} classes without names'}; choose "
-            "another network or other data"
-        )
-    _take_rows(classifier, [own.index(name) for name in wanted])
-    classifier.class_names = wanted
-    return classifier
+    about = {"data": classifier.data} if classifier.data else {}
+    same = describe(classifier)
+    fitted_to = {k: v for k, v in same.items() if k not in ("architecture", "model_args")}
+    if name is not None:
+        return adapt(name, data=classifier.data, **fitted_to)
+    cfg = _described(classifier.architecture, **fitted_to)
+    module = _timm(classifier.architecture, cfg, same["model_args"])
+    return _classifier(module, classifier.architecture, cfg, about=about)
 
 
 def wanted_image_size(name: str | Path, image_size: int | None = None) -> int | None:
@@ -220,10 +203,16 @@ def save(
     The weights file alone suffices for `load`; the folder loads with
     `timm.create_model("local-dir:folder", pretrained=True)`, after `import robustify.networks`
     where the architecture is one of those. `about` (plain values) is added to what is recorded.
-    Raises `RunFolderError` for a folder that cannot be written.
+    A purified model leaves `purifier.safetensors`, and these files in `classifier/`: nothing that
+    could be taken for the whole without its purifier. Raises `RunFolderError` for a folder that
+    cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(classifier, Purified):
+        write_purifier(classifier, folder / PURIFIER_FILE, about or {})
+        save(classifier.classifier, folder / CLASSIFIER_FOLDER)
+        return
     save_weights(classifier, folder / WEIGHTS_FILE, about)
     config = json.dumps(hub_config(classifier), indent=2, ensure_ascii=False)
     atomic_write(folder / CONFIG_FILE, config + "\n")
@@ -252,18 +241,13 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of the state dict, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
-        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _find(name: str) -> Saved | str:
     """What a name stands for: a network at rest, or the name of a timm architecture."""
+    if (purifier := purifier_file(name)) is not None:
+        raise ModelError(
+            f"expected a bare classifier, got the purified model {name}; name the classifier inside "
+            f"it, {purifier.parent / CLASSIFIER_FOLDER}"
+        )
     prefix, _, rest = name.partition(":")
     if prefix in ("hf-hub", "hf_hub"):
         return read_folder(fetch(rest), name)
@@ -272,20 +256,18 @@ def _find(name: str) -> Saved | str:
     if rest and timm.is_model(prefix):
         return read_file(Path(rest), prefix)
     path = Path(name)
+    if timm.is_model(name):
+        return name
     if path.is_dir():
         return read_folder(path)
-    if path.exists() or path.suffix == ".safetensors" or len(path.parts) > 1:
-        return _existing(path)
+    if path.exists() or path.suffix in FILE_SUFFIXES:
+        return read_file(path)
+    if len(path.parts) > 1:
+        hint = f"; for the Hub write hf-hub:{name}" if len(path.parts) == 2 else ""
+        raise ModelError(f"expected a file or folder, but {name} does not exist{hint}")
     if not timm.is_model(architecture_of(name)):
         raise _unknown(name)
     return name
-
-
-def _existing(path: Path) -> Saved:
-    if path.exists() or path.suffix == ".safetensors":
-        return read_file(path)
-    hint = f"; for the Hub write hf-hub:{path}" if len(path.parts) == 2 else ""
-    raise ModelError(f"expected a file or folder, but {path} does not exist{hint}")
 
 
 def _unknown(name: str) -> UsageError:
@@ -294,6 +276,14 @@ def _unknown(name: str) -> UsageError:
         f"expected a timm architecture, a folder, a .safetensors file or hf-hub:user/repo, got "
         f"{name!r}{near}"
     )
+
+
+def _weights(found: Saved | str, *, assumes: bool = True) -> Saved:
+    """The network at rest; says so where its normalization had to be assumed."""
+    saved = _pretrained(found) if isinstance(found, str) else found
+    if saved.assumed and assumes:
+        log.warning("%s", saved.assumed)
+    return saved
 
 
 def _pretrained(name: str) -> Saved:
@@ -318,6 +308,25 @@ def _pretrained(name: str) -> Saved:
             "network, or HF_HUB_OFFLINE and HF_HOME"
         ) from error
     return Saved(name, architecture, module.state_dict(), registry_cfg(name))
+
+
+def _described(
+    architecture: str,
+    num_classes: int,
+    in_chans: int,
+    image_size: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    class_names: Sequence[str] | None,
+) -> dict[str, Any]:
+    """timm's configuration of a new network for this data."""
+    return registry_cfg(architecture) | {
+        "num_classes": num_classes,
+        "input_size": (in_chans, image_size, image_size),
+        "mean": tuple(mean or (0.5,) * in_chans),
+        "std": tuple(std or (0.5,) * in_chans),
+        "label_names": class_names and tuple(class_names),
+    }
 
 
 def _variant(architecture: str, size: int, image_size: int) -> str:
@@ -357,27 +366,12 @@ def _fit_head(
         )  # fmt: skip
         classifier.module.reset_classifier(num_classes)  # type: ignore[operator]
         classifier.num_classes = num_classes
+        classifier.about["replaced"] = [*classifier.about.get("replaced", []), "head"]
     elif own and class_names:
         log.warning(
             "%s has other class names than the data: its head is kept to start from", origin
         )
     classifier.class_names = None if class_names is None else tuple(class_names)
-
-
-def _take_rows(classifier: Classifier, rows: list[int]) -> None:
-    """Keep these rows of the head, in this order."""
-    head = classifier.module.get_classifier()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear | nn.Conv2d):
-        raise ModelError(f"expected a linear head to reorder, got {type(head).__name__}")
-    kept = {name: tensor.detach()[rows].clone() for name, tensor in head.named_parameters()}
-    classifier.module.reset_classifier(len(rows))  # type: ignore[operator]
-    classifier.module.get_classifier().load_state_dict(kept)  # type: ignore[operator]
-    classifier.num_classes = len(rows)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f", … ({len(names)} in all)" if len(names) > 10 else ""
-    return "[" + ", ".join(names[:10]) + more + "]"
 
 
 def _timm(
@@ -421,8 +415,6 @@ def _classifier(
     about: Mapping[str, Any],
 ) -> Classifier:
     names = cfg.get("label_names")
-    if isinstance(names, Mapping):
-        names = [names[key] for key in sorted(names, key=int)]
     classifier = Classifier(
         module,
         architecture=architecture,

@@ -6,7 +6,7 @@
     preact_resnet18             He et al., ECCV 2016, in the layout of Rice et al., ICML 2020
     wide_resnet28_10, 34_10     Zagoruyko and Komodakis, BMVC 2016, in the layout of TRADES
     cnn_a                       the two-convolution network of the verification literature
-    vit_tiny_patch4_32, small   timm's ViTs with patches of 4 pixels, for 32-pixel images
+    vit_tiny_patch4_32          timm's ViT-Tiny with patches of 4 pixels, for 32-pixel images
 
 After `import robustify.networks`, `timm.create_model` builds all of these, so nothing else has to
 record which stem a network has: the architecture's name says it.
@@ -15,7 +15,7 @@ record which stem a network has: the architecture's name says it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -393,42 +393,30 @@ CIFAR_NETWORKS = tuple(_CIFAR_NETWORKS)
 """The networks above that timm has no counterpart of, as timm names."""
 
 
-def _build_vit(base: str, **kwargs: Any) -> Any:
-    return model_entrypoint(base)(patch_size=4, **kwargs)
+def _build_vit(**kwargs: Any) -> Any:
+    return model_entrypoint("vit_tiny_patch16_224")(patch_size=4, **kwargs)
 
 
-_VITS: dict[str, tuple[Callable[..., nn.Module], PretrainedCfg]] = {
-    f"vit_{size}_patch4_32": (
-        partial(_build_vit, f"vit_{size}_patch16_224"),
-        _cfg(first_conv="patch_embed.proj", classifier="head", fixed_input_size=True),
-    )
-    for size in ("tiny", "small")
-}
-
-
-def _small_families() -> Iterator[tuple[str, str]]:
-    for family, names in _FAMILIES.items():
-        for base in timm.list_models(module=family):
-            if names.fullmatch(base):
-                yield base, family
+_VIT_CFG = _cfg(first_conv="patch_embed.proj", classifier="head", fixed_input_size=True)
+_NETWORKS = {**_CIFAR_NETWORKS, "vit_tiny_patch4_32": (_build_vit, _VIT_CFG)}
 
 
 def _small_cfg(base: str) -> PretrainedCfg:
     large = timm.get_pretrained_cfg(base)
-    return _cfg(
-        mean=large.mean,
-        std=large.std,
-        num_classes=large.num_classes,
-        first_conv=large.first_conv,
-        classifier=large.classifier,
-    )
+    kept = ("mean", "std", "num_classes", "first_conv", "classifier")
+    return _cfg(**{key: getattr(large, key) for key in kept})
 
 
-_SMALL_NETWORKS = dict(_small_families())
+_SMALL_NETWORKS = {
+    base: family
+    for family, names in _FAMILIES.items()
+    for base in timm.list_models(module=family)
+    if names.fullmatch(base)
+}
 
 # timm looks a module's configurations up under this name when a network is registered
 default_cfgs = generate_default_cfgs(
-    {name: cfg for name, (_, cfg) in (_CIFAR_NETWORKS | _VITS).items()}
+    {name: cfg for name, (_, cfg) in _NETWORKS.items()}
     | {f"{base}_small": _small_cfg(base) for base in _SMALL_NETWORKS}
 )
 
@@ -455,5 +443,5 @@ def _register(
 
 for _base, _family in _SMALL_NETWORKS.items():
     _register(f"{_base}_small", partial(_build_small, _base, _family), fit_to_small)
-for _name, (_build, _) in (_CIFAR_NETWORKS | _VITS).items():
+for _name, (_build, _) in _NETWORKS.items():
     _register(_name, _build, published_names)

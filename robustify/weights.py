@@ -7,7 +7,6 @@ name an architecture that is known already, with plain values as its arguments.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -25,11 +24,10 @@ from torch import Tensor
 from robustify.errors import HubError, ModelError, suggest
 from robustify.networks import CIFAR_NETWORKS, published_names
 
-log = logging.getLogger(__name__)
-
 HEADER_KEY = "robustify"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar", ".th", ".model"}
+FILE_SUFFIXES = {".safetensors", *_PICKLES}
 # Where timm would fetch or unpickle weights by itself; ours come from the folder's own file.
 _ELSEWHERE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 _NOT_RECORDED = _ELSEWHERE | {"label_offset", "tag"}
@@ -41,7 +39,10 @@ _ARGS_OF_LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "c
 @dataclass(frozen=True)
 class Saved:
     """A network at rest: what builds it (`architecture`, `model_args`, timm's `cfg` with classes,
-    input size, mean and std), its `weights`, and `about`: recipe, threat model, data, …"""
+    input size, mean and std), its `weights`, and `about`: recipe, threat model, data, …
+
+    `assumed` says, for the log, what nobody recorded and had to be assumed.
+    """
 
     origin: str
     architecture: str
@@ -49,6 +50,7 @@ class Saved:
     cfg: dict[str, Any]
     model_args: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    assumed: str = ""
 
 
 def registry_cfg(architecture: str) -> dict[str, Any]:
@@ -131,11 +133,11 @@ def read_file(path: Path, architecture: str | None = None) -> Saved:
         )
     cfg = registry_cfg(require_architecture(architecture, str(path)))
     cfg |= _shape_of(weights, cfg, str(path))
-    log.warning(
-        "%s records no normalization: taking that of %s, mean %s, std %s",
-        path, architecture, *(" ".join(f"{v:.4g}" for v in cfg[k]) for k in ("mean", "std")),
-    )  # fmt: skip
-    return Saved(str(path), architecture, weights, cfg)
+    mean, std = (" ".join(f"{value:.4g}" for value in cfg[key]) for key in ("mean", "std"))
+    assumed = (
+        f"{path} records no normalization: taking that of {architecture}, mean {mean}, std {std}"
+    )
+    return Saved(str(path), architecture, weights, cfg, assumed=assumed)
 
 
 def recognize(weights: Mapping[str, Tensor]) -> str | None:
@@ -230,9 +232,11 @@ def _recorded_cfg(config: dict[str, Any], origin: str) -> dict[str, Any]:
             )
     known = {f.name for f in fields(PretrainedCfg)} - _NOT_RECORDED - {"architecture"}
     cfg = {key: value for key, value in recorded.items() if key in known and value is not None}
-    if "labels" in recorded:
-        cfg["label_names"] = recorded["labels"]
-    cfg |= {key: config[key] for key in ("num_classes", "label_names") if config.get(key)}
+    if "num_classes" in config:
+        cfg["num_classes"] = config["num_classes"]
+    cfg["label_names"] = _label_names(
+        config.get("label_names") or recorded.get("label_names") or recorded.get("labels")
+    )
     try:
         channels, *size = map(int, cfg.get("input_size", (3, 224, 224)))
         channels = int((config.get("model_args") or {}).get("in_chans", channels))
@@ -242,6 +246,16 @@ def _recorded_cfg(config: dict[str, Any], origin: str) -> dict[str, Any]:
     except (TypeError, ValueError, AttributeError):
         raise ModelError(f"expected numbers for input_size, mean and std in {origin}") from None
     return cfg
+
+
+def _label_names(recorded: object) -> tuple[str, ...] | None:
+    """Class names in the order of the logits; None where the numbering has gaps."""
+    if isinstance(recorded, dict):
+        numbered = {str(key): value for key, value in recorded.items()}
+        recorded = [numbered.get(str(i)) for i in range(len(numbered))]
+    if not isinstance(recorded, list | tuple) or not all(isinstance(n, str) for n in recorded):
+        return None
+    return tuple(recorded)
 
 
 def _plain_args(config: dict[str, Any], origin: str) -> dict[str, Any]:
