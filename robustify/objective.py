@@ -6,7 +6,7 @@ its fields are the networks and the settings of the method, `forward` is the met
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from robustify.errors import UsageError
 from robustify.models import Classifier
 from robustify.noise import Noise
 
@@ -51,6 +52,11 @@ class Objective(nn.Module):
     training_changes: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
 
+    # Kept by the loop, for methods that change on the way: nothing here needs a checkpoint.
+    epoch: int = field(default=0, init=False)  # of this stage, from 0
+    epochs: int = field(default=1, init=False)
+    lr_scale: float = field(default=1.0, init=False)  # the learning rate over its first value
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Fields that are modules can only be set on an initialised nn.Module.
         self = super().__new__(cls)
@@ -61,6 +67,16 @@ class Objective(nn.Module):
         """`{"loss": scalar, term: scalar, …}` for (N, C, H, W) images in [0, 1] and (N,) labels;
         `noise` belongs to these images. Every term but the loss is only logged."""
         raise NotImplementedError
+
+    def prepare(self, batches: Iterator[tuple[Tensor, Tensor, Noise]]) -> None:
+        """Look at the training images before the first step: each once, unaugmented, in order.
+
+        Called again when a run is resumed, so what is found here needs no checkpoint.
+        """
+
+    def reached(self, epoch: float) -> bool:
+        """Whether training is in `epoch` or past it; below 1, a share of all epochs."""
+        return self.epoch >= (int(epoch * self.epochs) if epoch < 1 else epoch)
 
     def prepare(self, batches: Iterator[tuple[Tensor, Tensor, Noise]]) -> None:
         """Look at the training images before the first step: each once, unaugmented, in order.
@@ -79,6 +95,36 @@ class Objective(nn.Module):
         if missing:
             raise RuntimeError(f"checkpoint and objective differ in {sorted(missing)[:3]}")
         self.load_state_dict(dict(state), strict=False)
+
+
+def is_untrained(classifier: Classifier) -> bool:
+    """Whether `classifier` was named by its architecture alone, so that it has no weights to teach
+    with yet."""
+    return not classifier.about.keys() - {"data"}
+
+
+def check_teachers(student: Classifier, teachers: Sequence[Classifier], *, roles: int) -> None:
+    """Raise `UsageError` for more teachers than roles, and for one with other classes than the
+    student, or the same in another order."""
+    if len(teachers) > roles:
+        raise UsageError(
+            f"expected at most {roles} teacher{'s' * (roles != 1)} for this recipe, got "
+            f"{len(teachers)}; leave some out"
+        )
+    for teacher in teachers:
+        if teacher.num_classes != student.num_classes:
+            raise UsageError(
+                f"expected a teacher for the student's {student.num_classes} classes, got "
+                f"{teacher.architecture} for {teacher.num_classes}; choose another teacher"
+            )
+        own, wanted = teacher.class_names, student.class_names
+        if own is not None and wanted is not None and own != wanted:
+            first = next(i for i, (a, b) in enumerate(zip(own, wanted, strict=True)) if a != b)
+            raise UsageError(
+                f"expected a teacher with the classes of the data in their order, but class "
+                f"{first} is {wanted[first]!r}, and {own[first]!r} for {teacher.architecture}; "
+                "choose another teacher"
+            )
 
 
 def is_untrained(classifier: Classifier) -> bool:

@@ -11,9 +11,10 @@ S and P are logits, p_T(z) = softmax(z / T), sg stops the gradient. One backward
 both networks, at the same parameters. Two things are easily "repaired" by accident and must not be:
 S(x) is not detached (as in TRADES), and S(x*) in the peer's KL is not either.
 
-The weights are effective ones: the paper's lambda1, lambda2 and lambda3 are ce_weight, kd_weight and
-consistency_weight, its gamma1 and gamma2 peer_ce_weight and peer_kd_weight, each with T² and the
-official code's division by the class count worked in (lambda2 · T² / K = 1 · 25 / 10 for CIFAR-10).
+The weights are effective ones: the paper's lambda1, lambda2 and lambda3 are ce_weight, kd_weight
+and consistency_weight, its gamma1 and gamma2 peer_ce_weight and peer_kd_weight, each with T² and
+the official code's division by the class count worked in (lambda2 · T² / K = 1 · 25 / 10 for
+CIFAR-10).
 Certain, from the official program's behaviour: order of the step, modes, stop-gradients, weights.
 Our choice: one forward of S(x*) where the official program makes two, with BatchNorm moved as if
 there were two; the same gradients for a ninth less work.

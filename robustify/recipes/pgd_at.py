@@ -8,7 +8,7 @@ There is no PyTorch original; the defaults are those its successors use for this
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from robustify.attacks.pgd import pgd
 from robustify.fold import constant
 from robustify.losses import cross_entropy
-from robustify.models import Classifier
+from robustify.models import Classifier, like
 from robustify.noise import Noise
 from robustify.objective import Objective, accuracy
 from robustify.threat import ThreatModel
@@ -32,6 +32,24 @@ def stages(
 ) -> Iterator[Objective]:
     """One stage; no teacher."""
     yield PgdAt(student=student, threat=threat, attack=attack)
+
+
+def robust_teacher(
+    student: Classifier,
+    given: Sequence[Classifier],
+    *,
+    architecture: str | None,
+    threat: ThreatModel,
+    attack: Mapping[str, Any],
+) -> Generator[Objective, None, Classifier]:
+    """The given teacher, or one trained by PGD-AT in a stage of its own: for `yield from`."""
+    if given:
+        return given[0]
+    teacher = like(student, architecture)
+    yield PgdAt(
+        student=teacher, threat=threat, attack={**attack, "start": "uniform"}, name="robust teacher"
+    )
+    return teacher
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

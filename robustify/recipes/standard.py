@@ -1,17 +1,19 @@
 """Ordinary training or fine-tuning on unperturbed images: the reference, and how teachers are made.
 
     L = CE(s(x), y)
+
+s are the logits of the student.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from robustify.losses import cross_entropy
-from robustify.models import Classifier
+from robustify.models import Classifier, like
 from robustify.noise import Noise
 from robustify.objective import Objective, accuracy
 
@@ -19,6 +21,17 @@ from robustify.objective import Objective, accuracy
 def stages(student: Classifier, teachers: Sequence[Classifier]) -> Iterator[Objective]:
     """One stage; no teacher, no attack."""
     yield Standard(student=student)
+
+
+def standard_teacher(
+    student: Classifier, given: Sequence[Classifier], *, architecture: str | None
+) -> Generator[Objective, None, Classifier]:
+    """The given teacher, or one trained ordinarily in a stage of its own: for `yield from`."""
+    if given:
+        return given[0]
+    teacher = like(student, architecture)
+    yield Standard(student=teacher, name="standard teacher", training_changes={"select": "clean"})
+    return teacher
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
