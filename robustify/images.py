@@ -20,6 +20,7 @@ from robustify.errors import DataError
 
 _CHUNK = 128  # images per thread and turn: enough to make a turn cheap, few enough to stop quickly
 _GREY_MODES = {"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L"}
+_FORMATS = {b"\x89PNG": ("PNG",), b"RIFF": ("WEBP",)}  # by their first four bytes
 _Result = TypeVar("_Result")
 
 
@@ -35,8 +36,10 @@ class Encoded:
         from PIL import Image
 
         source = io.BytesIO(self.content) if isinstance(self.content, bytes) else self.content
+        # Pillow tries one format after the other, which for small images is half of the work.
+        start = self.content[:4] if isinstance(self.content, bytes) else b""
         try:
-            return Image.open(source)
+            return Image.open(source, formats=_FORMATS.get(start))
         except Exception as error:  # Pillow lets through whatever its format plugins raise
             raise _unreadable(self, error) from error
 

@@ -144,7 +144,7 @@ def _read_parquet(path: Path, name: str) -> Source:
     """The parquet files of a Hub data set: `train-*`, `test-*` in one folder. Read without the
     `datasets` package, which would first write a second copy of them into its cache."""
     try:
-        from pyarrow import parquet
+        from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         raise DataError(
             f"expected the extra `hub` (pyarrow or datasets) to read the parquet files in {path}; "
