@@ -475,7 +475,8 @@ def _schedule(optimizer: torch.optim.Optimizer, settings: Training) -> Scheduler
         )
     return MultiStepLRScheduler(
         optimizer,
-        decay_t=[settings.epoch(number) for number in settings.decay_at],
+        # timm compares with the epoch to come: without the 1 the rate would drop an epoch early.
+        decay_t=[settings.epoch(number) + 1 for number in settings.decay_at],
         decay_rate=settings.decay_rate,
         warmup_t=settings.warmup_epochs,
     )
