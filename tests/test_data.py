@@ -127,7 +127,7 @@ def test_validation_does_not_move_when_other_images_leave():
 
 def test_validation_needs_two_images_of_a_class(tmp_path):
     write_folder(tmp_path, counts={"cat": 3, "dog": 1})
-    with pytest.raises(DataError, match="at least 2 training images of 'dog'.*got 1; add"):
+    with pytest.raises(DataError, match=r"at least 2 training images of 'dog'.*got 1; add"):
         load(tmp_path).split_validation()
     with pytest.raises(UsageError, match="between 0 and 1"):
         load().split_validation(1.0)
@@ -380,7 +380,7 @@ def test_folder_missing(tmp_path):
 
 def test_file_instead_of_a_folder(tmp_path):
     write_image(tmp_path / "x.png")
-    with pytest.raises(DataError, match="expected a folder.*got the file"):
+    with pytest.raises(DataError, match=r"expected a folder.*got the file"):
         load(tmp_path / "x.png")
 
 
@@ -388,19 +388,19 @@ def test_file_instead_of_a_folder(tmp_path):
 def test_no_train_and_test(tmp_path, children):
     for child in children:
         (tmp_path / child).mkdir()
-    with pytest.raises(DataError, match="train/ and test/.*it holds " + (", ".join(children))):
+    with pytest.raises(DataError, match=r"train/ and test/.*it holds " + (", ".join(children))):
         load(tmp_path)
 
 
 def test_one_class_only(tmp_path):
-    with pytest.raises(DataError, match="at least 2 classes.*got 1"):
+    with pytest.raises(DataError, match=r"at least 2 classes.*got 1"):
         load(write_folder(tmp_path, counts={"cat": 3}))
 
 
 def test_class_folders_differ(tmp_path):
     write_folder(tmp_path)
     write_image(tmp_path / "test" / "elk" / "0.png")
-    with pytest.raises(DataError, match="same class folders.*only one of them has elk; add"):
+    with pytest.raises(DataError, match=r"same class folders.*only one of them has elk; add"):
         load(tmp_path)
 
 
@@ -408,7 +408,7 @@ def test_empty_class(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "train" / "elk").mkdir()
     write_image(tmp_path / "test" / "elk" / "0.png")
-    with pytest.raises(DataError, match="expected images in .*train/elk, found none"):
+    with pytest.raises(DataError, match=r"expected images in .*train/elk, found none"):
         load(tmp_path)
 
 
@@ -524,7 +524,7 @@ def test_hub_out_of_reach(monkeypatch, installed):
         monkeypatch.setitem(sys.modules, "datasets", None)
     for name in ("nobody/nothing", "hf-hub:nobody/nothing@main"):
         with pytest.raises(
-            DataError, match="nobody/nothing on the Hub.*or name a folder"
+            DataError, match=r"nobody/nothing on the Hub.*or name a folder"
         ) as caught:
             load(name)
         assert "\n" not in str(caught.value)
@@ -544,20 +544,20 @@ def test_no_images(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "data" / "test-00000-of-00001.parquet"
     parquet.write_table(parquet.read_table(path).slice(0, 0), path)
-    with pytest.raises(DataError, match="expected test images of .*, got none"):
+    with pytest.raises(DataError, match=r"expected test images of .*, got none"):
         load(tmp_path)
 
 
 def test_no_test_split(tmp_path):
     write_clone(tmp_path)
     (tmp_path / "data" / "test-00000-of-00001.parquet").unlink()
-    with pytest.raises(DataError, match="found no parquet file test or .*validation-"):
+    with pytest.raises(DataError, match=r"found no parquet file test or .*validation-"):
         load(tmp_path)
 
 
 def test_several_configurations(tmp_path):
     write_clone(write_clone(tmp_path, "plain"), "cropped")
-    with pytest.raises(DataError, match="one configuration.*found 2 .*name the folder of one"):
+    with pytest.raises(DataError, match=r"one configuration.*found 2 .*name the folder of one"):
         load(tmp_path)
     check_clone(load(tmp_path / "plain"))
 
@@ -565,13 +565,13 @@ def test_several_configurations(tmp_path):
 def test_columns_that_cannot_be_told_apart(tmp_path):
     features = {"kind": {"_type": "ClassLabel"}, "image": {"_type": "Image"}}
     features["other"] = features["kind"]
-    with pytest.raises(DataError, match="one column of type ClassLabel.*got kind, other; keep"):
+    with pytest.raises(DataError, match=r"one column of type ClassLabel.*got kind, other; keep"):
         load(write_clone(tmp_path, features=features))
 
 
 def test_no_image_column(tmp_path):
     features = {"image": {"_type": "Value"}, "kind": {"_type": "ClassLabel"}}
-    with pytest.raises(DataError, match="one column of type Image.*got image, kind"):
+    with pytest.raises(DataError, match=r"one column of type Image.*got image, kind"):
         load(write_clone(tmp_path, features=features))
 
 
