@@ -288,8 +288,8 @@ def _download(repo: str, revision: str | None) -> Path:
 
 def _unreachable(repo: str, error: Exception) -> DataError:
     return DataError(
-        f"expected the data set {repo} on the Hub or in its cache ({_first_line(error)}); "
-        "check the name, the network and the token, or name a folder with --data"
+        f"expected a folder {repo}, or that data set on the Hub or in its cache "
+        f"({_first_line(error)}); check the name, the network and the token"
     )
 
 

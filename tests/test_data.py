@@ -524,7 +524,7 @@ def test_hub_out_of_reach(monkeypatch, installed):
         monkeypatch.setitem(sys.modules, "datasets", None)
     for name in ("nobody/nothing", "hf-hub:nobody/nothing@main"):
         with pytest.raises(
-            DataError, match=r"nobody/nothing on the Hub.*or name a folder"
+            DataError, match=r"folder nobody/nothing, or that data set on the Hub.*check"
         ) as caught:
             load(name)
         assert "\n" not in str(caught.value)
