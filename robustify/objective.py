@@ -16,26 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustify.errors import UsageError
+from robustify.frozen import Frozen as Frozen
 from robustify.models import Classifier
 from robustify.noise import Noise
-
-
-class Frozen(nn.Module):
-    """A network that is used and never trained: eval mode whatever `train` is called, no parameter
-    gradients, not in the optimizer, not in checkpoints. Gradients still flow to its images."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode: a parent's `train()` must not wake BatchNorm or dropout."""
-        self.training = False
-        return self
-
-    def forward(self, images: Tensor) -> Any:
-        """What the network gives for (N, C, H, W) images in [0, 1]."""
-        return self.network(images)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

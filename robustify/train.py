@@ -32,6 +32,7 @@ from robustify.checkpoint import Checkpoints
 from robustify.data import Split, augment, to_float
 from robustify.errors import TrainingError, UsageError
 from robustify.fold import constant, prefers_channels_last
+from robustify.frozen import Frozen
 from robustify.noise import Noise
 from robustify.objective import Objective
 from robustify.threat import ThreatModel
@@ -442,9 +443,11 @@ def reestimate_batchnorm(network: nn.Module, batches: Iterator[Tensor]) -> None:
 
     Each batch of b images enters with momentum b / (n + b), n images after the first ones, as
     weight averaging needs (Izmailov et al., UAI 2018, arXiv 1803.05407). Parameters, modes and
-    momenta stay as they are. Without BatchNorm nothing is done.
+    momenta stay as they are. Without BatchNorm nothing is done; frozen parts keep theirs.
     """
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
+    parts = [m for m in network.modules() if isinstance(m, Frozen)]
+    frozen = {module for part in parts for module in part.modules()}
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m not in frozen]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
