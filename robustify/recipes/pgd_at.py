@@ -19,7 +19,7 @@ from robustify.fold import constant
 from robustify.losses import cross_entropy
 from robustify.models import Classifier, like
 from robustify.noise import Noise
-from robustify.objective import Objective, accuracy
+from robustify.objective import Objective, accuracy, is_from_scratch
 from robustify.threat import ThreatModel
 
 
@@ -42,13 +42,12 @@ def robust_teacher(
     threat: ThreatModel,
     attack: Mapping[str, Any],
 ) -> Generator[Objective, None, Classifier]:
-    """The given teacher, or one trained by PGD-AT in a stage of its own: for `yield from`."""
-    if given:
-        return given[0]
-    teacher = like(student, architecture)
-    yield PgdAt(
-        student=teacher, threat=threat, attack={**attack, "start": "uniform"}, name="robust teacher"
-    )
+    """The given teacher; where none is given, or an architecture alone, one trained by PGD-AT in a
+    stage of its own. For `yield from`."""
+    teacher = given[0] if given else like(student, architecture)
+    if not given or is_from_scratch(teacher):
+        uniform = {**attack, "start": "uniform"}
+        yield PgdAt(student=teacher, threat=threat, attack=uniform, name="robust teacher")
     return teacher
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from robustify.losses import cross_entropy
 from robustify.models import Classifier, like
 from robustify.noise import Noise
-from robustify.objective import Objective, accuracy
+from robustify.objective import Objective, accuracy, is_from_scratch
 
 
 def stages(student: Classifier, teachers: Sequence[Classifier]) -> Iterator[Objective]:
@@ -26,11 +26,12 @@ def stages(student: Classifier, teachers: Sequence[Classifier]) -> Iterator[Obje
 def standard_teacher(
     student: Classifier, given: Sequence[Classifier], *, architecture: str | None
 ) -> Generator[Objective, None, Classifier]:
-    """The given teacher, or one trained ordinarily in a stage of its own: for `yield from`."""
-    if given:
-        return given[0]
-    teacher = like(student, architecture)
-    yield Standard(student=teacher, name="standard teacher", training_changes={"select": "clean"})
+    """The given teacher; where none is given, or an architecture alone, one trained ordinarily in a
+    stage of its own. For `yield from`."""
+    teacher = given[0] if given else like(student, architecture)
+    if not given or is_from_scratch(teacher):
+        clean = {"select": "clean"}
+        yield Standard(student=teacher, name="standard teacher", training_changes=clean)
     return teacher
 
 
