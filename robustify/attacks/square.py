@@ -89,36 +89,33 @@ class Square:
 
     def step(self, victim: Victim, batch: Batch, state: SquareState) -> tuple[Tensor, Tensor]:
         """Propose, ask the model where the proposal is new, keep what is better."""
-        opening = batch.step == 0
-        if bool(opening.all()):
-            candidates, asked = state.best, torch.ones_like(opening)
-        else:
-            candidates = self._propose(batch, state)
-            candidates = torch.where(per_image(opening, candidates), state.best, candidates)
-            asked = opening | (candidates != state.best).flatten(1).any(1)
-        rows = asked.nonzero().squeeze(1)
-        if not len(rows):
-            return candidates, asked
+        candidates, asked = self._propose(batch, state)
         found = torch.full_like(state.margin, -torch.inf)
-        everyone = len(rows) == len(asked)
-        logits = victim.logits(candidates if everyone else candidates[rows])
-        found[rows] = margin(logits, batch.labels[rows])
-        better = (found > state.margin) | opening
-        state.margin = torch.where(better, found, state.margin)
-        state.best = torch.where(per_image(better, candidates), candidates, state.best)
+        rows = asked.nonzero().squeeze(1)
+        if len(rows) == len(batch):
+            found = margin(victim.logits(candidates), batch.labels)
+        elif len(rows):
+            found[rows] = margin(victim.logits(candidates[rows]), batch.labels[rows])
+        better = (found > state.margin).nonzero().squeeze(1)
+        state.margin[better] = found[better]
+        state.best[better] = candidates[better]
         return candidates, found > 0
 
-    def _propose(self, batch: Batch, state: SquareState) -> Tensor:
+    def _propose(self, batch: Batch, state: SquareState) -> tuple[Tensor, Tensor]:
+        """The next candidates, and the mask (N,) of those that differ from the best; in step 0 the
+        starting images."""
         height, width = batch.images.shape[2:]
-        side = _sides(self.queries, self.p_init, height, width, batch.threat.norm)
-        sides = torch.tensor(side, device=batch.step.device)[batch.step]
-        if batch.threat.norm == "Linf":
-            return _square(batch, state, sides)
-        proposal = state.best.clone()
-        for size in sorted(set(sides.tolist())):
-            rows = (sides == size).nonzero().squeeze(1)
-            proposal[rows] = _move_mass(batch.take(rows), state.best[rows], size)
-        return proposal
+        sides = _sides(self.queries, self.p_init, height, width, batch.threat.norm)
+        side_now = torch.tensor(sides, device=batch.step.device)[batch.step]
+        change = _square if batch.threat.norm == "Linf" else _move_mass
+        candidates = state.best.clone()
+        asked = batch.step == 0
+        for side in sorted(set(side_now.tolist()) - {0}):
+            rows = (side_now == side).nonzero().squeeze(1)
+            if len(rows) == len(batch):
+                return change(batch, state, side)
+            candidates[rows], asked[rows] = change(batch.take(rows), state.take(rows), side)
+        return candidates, asked
 
 
 @cache
@@ -134,24 +131,17 @@ def _sides(queries: int, p_init: float, height: int, width: int, norm: str) -> l
     return sides
 
 
-def _square(batch: Batch, state: SquareState, sides: Tensor) -> Tensor:
+def _square(batch: Batch, state: SquareState, side: int) -> tuple[Tensor, Tensor]:
     """Linf: one square, all of it at the upper or lower end of the box, by channel."""
     channels, height, width = batch.images.shape[1:]
     draws = batch.step_noise.uniform(batch.images.new_empty(len(batch), 2 + channels))
-    top = (draws[:, 0] * (height - sides)).long()
-    left = (draws[:, 1] * (width - sides)).long()
-    inside = (
-        _within(top, sides, height)[:, None, :, None]
-        & _within(left, sides, width)[:, None, None, :]
-    )
-    ends = torch.where(draws[:, 2:, None, None] < 0.5, state.low, state.high)
-    return torch.where(inside, ends, state.best)
-
-
-def _within(first: Tensor, sides: Tensor, size: int) -> Tensor:
-    """(N, size) True at the `sides` positions from `first`."""
-    position = torch.arange(size, device=first.device)
-    return (position >= first[:, None]) & (position < (first + sides)[:, None])
+    top = (draws[:, 0] * (height - side)).long()
+    left = (draws[:, 1] * (width - side)).long()
+    window = _window(top, left, side, width)[:, None].expand(-1, channels, -1)
+    best, low, high = (ends.flatten(2) for ends in (state.best, state.low, state.high))
+    ends = torch.where(draws[:, 2:, None] < 0.5, low.gather(2, window), high.gather(2, window))
+    new = (ends != best.gather(2, window)).flatten(1).any(1)
+    return best.scatter(2, window, ends).view_as(batch.images), new
 
 
 def _grid(batch: Batch) -> Tensor:
@@ -174,7 +164,7 @@ def _grid(batch: Batch) -> Tensor:
     return _fill_ball(batch, delta)
 
 
-def _move_mass(batch: Batch, best: Tensor, side: int) -> Tensor:
+def _move_mass(batch: Batch, state: SquareState, side: int) -> tuple[Tensor, Tensor]:
     """L2, L1 (algorithm 3 of the paper): empty one window and give its length, with what is left of
     eps, to another, in which a random bump is added."""
     images, norm, eps = batch.images, batch.threat.norm, batch.threat.eps
@@ -182,11 +172,8 @@ def _move_mass(batch: Batch, best: Tensor, side: int) -> Tensor:
     draws = batch.step_noise.uniform(images.new_empty(len(batch), 5 + channels))
     free = draws.new_tensor([height - side, width - side, height - side, width - side])
     top, left, top_2, left_2 = (draws[:, :4] * free).long().unbind(1)
-    window, emptied = (
-        _window(top, left, side, height, width),
-        _window(top_2, left_2, side, height, width),
-    )
-    delta = (best - images).flatten(2)
+    window, emptied = _window(top, left, side, width), _window(top_2, left_2, side, width)
+    delta = (state.best - images).flatten(2)
     power = 2 if norm == "L2" else 1
 
     def length(values: Tensor) -> Tensor:
@@ -207,10 +194,10 @@ def _move_mass(batch: Batch, best: Tensor, side: int) -> Tensor:
     new = new / (length(new) + 1e-12) * share ** (1 / power)
     delta = delta.scatter(2, emptied[:, None].expand(-1, channels, -1), 0.0)
     delta = delta.scatter(2, window[:, None].expand(-1, channels, -1), new)
-    return _fill_ball(batch, delta.view_as(images))
+    return _fill_ball(batch, delta.view_as(images)), torch.ones_like(batch.step, dtype=torch.bool)
 
 
-def _window(top: Tensor, left: Tensor, side: int, height: int, width: int) -> Tensor:
+def _window(top: Tensor, left: Tensor, side: int, width: int) -> Tensor:
     """(N, side²) flat positions of a window."""
     offset = torch.arange(side, device=top.device)
     rows, columns = top[:, None] + offset, left[:, None] + offset
