@@ -12,7 +12,8 @@ from robustify.errors import RobustifyError
 
 
 def main() -> None:
-    """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong usage,
+    3 `--fail-under` not met, 130 interrupted."""
     debug = "--debug" in sys.argv[1:]
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("robustify").setLevel(logging.INFO)

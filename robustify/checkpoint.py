@@ -64,8 +64,8 @@ class Checkpoints:
             log.warning("checkpoint %s is damaged; falling back to the one before it", path)
         if paths:
             raise RunFolderError(
-                f"expected a sound checkpoint, but every {name!r} file in {self.folder} is damaged; "
-                "start again with --no-resume"
+                f"expected a sound checkpoint, but every {name!r} file in {self.folder} is damaged;"
+                " start again with --no-resume"
             )
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,6 +27,16 @@ class Eps(click.ParamType[float]):
         return parse_eps(value)
 
 
+class EpsList(click.ParamType[tuple[float, ...]]):
+    """Several of them, separated by commas."""
+
+    name = "eps[,eps…]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        """Floats, in the order given."""
+        return tuple(Eps().convert(part, param, ctx) for part in value.split(","))
+
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 norm_option = click.option(
     "--norm", type=click.Choice(["Linf", "L2", "L1"]), help="Default: the data set's."
@@ -38,7 +48,10 @@ data_option = click.option(
 limit_option = click.option(
     "--limit", type=click.IntRange(min=1), help="Evaluate on the first N test images."
 )
-suite_option = click.option("--suite", default="pgd", show_default=True, help="Which attacks.")
+suite_option = click.option(
+    "--suite", default="fast", show_default=True,
+    help="fast, standard, plus, rand, pgd, or attacks by name: apgd-ce,square.",
+)  # fmt: skip
 seed_option = click.option("--seed", type=int, default=0, show_default=True)
 
 
@@ -56,7 +69,7 @@ def robustify(debug: bool) -> None:
 
 @robustify.command()
 @click.option("--recipe", required=True, help="A name (see `robustify recipes list`) or a file.")
-@click.option("--student", required=True, help="A timm name, hf-hub:…, local-dir:…, folder or file.")
+@click.option("--student", required=True, help="A timm name, hf-hub:…, folder or file.")
 @click.option("--teacher", "teachers", multiple=True, help="As --student; may be repeated.")
 @data_option
 @click.option("--out", type=click.Path(path_type=Path), help="Default: runs/RECIPE-STUDENT-DATA.")
@@ -75,7 +88,7 @@ def robustify(debug: bool) -> None:
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after N steps of each stage.")
 @click.option("--sync-bn", is_flag=True, help="BatchNorm statistics over all processes (GPUs).")
 @click.option("--resume/--no-resume", default=True, show_default=True)
-@click.option("--dry-run", is_flag=True, help="Print what would happen, and how long it would take.")
+@click.option("--dry-run", is_flag=True, help="Print what would happen, and how long it takes.")
 @as_json
 def distill(
     recipe: str,
@@ -121,20 +134,32 @@ def distill(
 @data_option
 @suite_option
 @norm_option
-@eps_option
+@click.option("--eps", type=EpsList(), help="8/255; several, 2/255,8/255, give a curve.")
 @limit_option
 @seed_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path),
+    help="Leave the report there; an interrupted evaluation continues from what is there.",
+)  # fmt: skip
+@click.option(
+    "--fail-under", type=float, metavar="FRACTION",
+    help="Exit with 3 if the robust accuracy is below this, or the verdict is not `reliable`.",
+)  # fmt: skip
 @as_json
+@click.pass_context
 def evaluate(
+    context: click.Context,
     model: str,
     data: str | None,
     suite: str,
     norm: Norm | None,
-    eps: float | None,
+    eps: tuple[float, ...] | None,
     limit: int | None,
     seed: int,
     batch_size: int,
+    out: Path | None,
+    fail_under: float | None,
     as_json: bool,
 ) -> None:
     """Clean and robust accuracy of any classifier.
@@ -143,13 +168,47 @@ def evaluate(
     robustify evaluate runs/peeraid-resnet18-digits/model.safetensors
     robustify evaluate hf-hub:user/repo --data ./photos --eps 4/255 --limit 500
     """
-    from robustify import harden, report
+    from robustify import report
+    from robustify.examine import examine
 
-    content = harden.examine(
-        model, dataset=data, suite=suite, norm=norm, eps=eps, limit=limit, seed=seed,
-        batch_size=batch_size,
+    content = examine(
+        model, dataset=data, suite=suite, norm=norm, eps=eps or (), limit=limit, seed=seed,
+        batch_size=batch_size, out=out,
     )  # fmt: skip
+    if content is None:  # another process of this evaluation prints it
+        return
     click.echo(json.dumps(content, indent=2) if as_json else report.markdown(content))
+    believed = content["verdict"]["status"] == "reliable"
+    if fail_under is not None and (content["robust_accuracy"] < fail_under or not believed):
+        context.exit(3)
+
+
+@robustify.command()
+@click.argument("purifier")
+@click.argument("classifier")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="A new folder.")
+@data_option
+@suite_option
+@norm_option
+@eps_option
+@limit_option
+@seed_option
+@as_json
+def attach(purifier: str, classifier: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Put a distilled purifier before any classifier; evaluate the pair end to end.
+
+    \b
+    robustify attach runs/purifier-model-digits another/model.safetensors --out purified
+    robustify attach purifier.safetensors hf-hub:user/repo --data ./photos --out purified
+    """
+    from robustify import report
+    from robustify.attach import attach as join
+
+    folder = join(purifier, classifier, out, dataset=options.pop("data"), **options)
+    content = report.read(folder)
+    click.echo(json.dumps(content, indent=2) if as_json else report.markdown(content))
+    if not as_json:
+        click.echo(f"{folder}: purifier.safetensors, classifier/, report.md, report.json")
 
 
 @robustify.group()

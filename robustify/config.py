@@ -112,7 +112,9 @@ def _mapping(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"expected {path} to be readable YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(
+            f"expected {path} to be readable YAML: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(content, dict):
         raise UsageError(f"expected {path} to hold a mapping, got {type(content).__name__}")
     return content
@@ -124,7 +126,8 @@ def _read(path: Path | None, name: str, module: str) -> Recipe:
     for key in content:
         if key not in known:
             raise UsageError(
-                f"{path}: expected sections {', '.join(known)}, got {key!r}{suggest(str(key), known)}"
+                f"{path}: expected sections {', '.join(known)}, got {key!r}"
+                + suggest(str(key), known)
             )
     sections = {key: dict(content.get(key) or {}) for key in SECTIONS}
     presets = dict(content.get("presets") or {})
@@ -181,10 +184,12 @@ def resolve(
 
 def schema(target: Callable[..., Any], *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Name -> annotation of the keyword-only parameters of `target`."""
-    hints = typing.get_type_hints(target.__init__ if isinstance(target, type) else target)
+    hints = typing.get_type_hints(target)
     parameters = inspect.signature(target).parameters.values()
     return {
-        p.name: hints[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in without
+        p.name: hints[p.name]
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in without
     }
 
 

@@ -32,7 +32,9 @@ from robustify.threat import ThreatModel
 Policy = Literal["none", "crop", "crop-flip"]
 Images = Tensor | EncodedImages | ResizedImages
 
-DIGITS_EPS = 0.15  # to be settled between 0.15 and 0.2: PGD-40 leaves an undefended ResNet-18 9 %
+# An ordinarily trained ResNet-18 (98.6 % clean, seed 0) keeps 33.9 % of the 360 test digits under
+# PGD-40 at eps 0.1, 3.1 % at 0.15 and none at 0.2: 0.15 is where it becomes nearly defenceless.
+DIGITS_EPS = 0.15
 DIGITS_TEST = 360  # the last images; the order goes by writer, so their hands are mostly unseen
 IN_MEMORY = 4 << 30  # bytes of decoded images; what is larger is decoded batch by batch
 _SAMPLE = 2048  # images from which the mean and std of a set on disk are taken
@@ -248,9 +250,18 @@ def _build(
         mean=mean,
         std=std,
         threat=threat or default_threat(in_chans, side),
-        policy="crop-flip" if in_chans == 3 else "crop",  # grey ones are often signs, not scenes
+        policy=_default_policy(in_chans, side),
         fingerprint=_fingerprint(read.class_names, train, test),
     )
+
+
+def _default_policy(in_chans: int, image_size: int) -> Policy:
+    """Grey images are often signs, which mirroring changes. Below 16 pixels one pixel is too much:
+    measured on the digits, PeerAiD trained with crops had 9 % robust accuracy where it has 57 %
+    without."""
+    if image_size < 16:
+        return "none"
+    return "crop-flip" if in_chans == 3 else "crop"
 
 
 def _check_labels(labels: Tensor, class_names: Sequence[str], what: str) -> None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from robustify.attacks.pgd import survives_pgd
-from robustify.errors import DataError, UsageError
+from robustify.attacks.passes import Passes
+from robustify.attacks.suite import AttackOutcome, Suite, make_suite, run_suite
+from robustify.attacks.victim import Victim
+from robustify.errors import DataError, ModelError
 from robustify.fold import constant
-from robustify.noise import Noise
+from robustify.objective import evaluating
 from robustify.threat import Norm, ThreatModel, format_eps
 
 SCHEMA = 1
-SUITES: dict[str, dict[str, Any]] = {"pgd": {"steps": 100, "restarts": 5}}
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -29,7 +32,10 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     share, scale = right / n, 1 + z * z / n
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # Rounding must not push a bound past the share itself where that is 0 or 1.
+    return max(0.0, min(share, (centre - spread) / scale)), min(
+        1.0, max(share, (centre + spread) / scale)
+    )
 
 
 @dataclass(frozen=True)
@@ -41,53 +47,76 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Row:
+    """One attack in a report; accuracies are fractions of all n images."""
+
+    name: str
+    robust_accuracy: float  # of the worst case over this attack and those before it
+    newly_broken: int
+    settings: Mapping[str, Any]
+    passes: Passes
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What an evaluation found. Accuracies are fractions of all n images; `samples` has one bool
     tensor (n,) per attack, True where the image is still right after it and all before it."""
 
-    norm: str
-    eps: float
+    threat: ThreatModel
     suite: str
     seed: int
-    n: int
     clean_accuracy: float
     robust_accuracy: float
     verdict: Verdict
-    attacks: dict[str, float]
-    settings: dict[str, dict[str, Any]]
-    samples: dict[str, Tensor] = field(repr=False)
-    predictions: Tensor = field(repr=False)
+    rows: Sequence[Row]
+    samples: Mapping[str, Tensor] = field(repr=False)
     labels: Tensor = field(repr=False)
+    predictions: Tensor = field(repr=False)  # (n,) of the unperturbed images
+    class_names: Sequence[str] | None = None
     seconds: float = 0.0
+
+    @property
+    def n(self) -> int:
+        """Images evaluated; all of them are in the denominator of every accuracy."""
+        return len(self.labels)
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson interval of the robust accuracy."""
         return wilson(round(self.robust_accuracy * self.n), self.n)
 
+    @property
+    def attacks(self) -> dict[str, float]:
+        """Attack -> robust accuracy after it and all before it."""
+        return {row.name: row.robust_accuracy for row in self.rows}
+
+    @property
+    def passes(self) -> Passes:
+        """Images sent forward, and images a gradient was computed for, over all attacks."""
+        return sum((row.passes for row in self.rows), Passes())
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the per-image samples, as plain values."""
-        clean = round(self.clean_accuracy * self.n)
+        n = self.n
         return {
             "schema": SCHEMA,
-            "threat_model": {"norm": self.norm, "eps": self.eps, "eps_text": format_eps(self.eps)},
+            "threat_model": {
+                "norm": self.threat.norm,
+                "eps": self.threat.eps,
+                "eps_text": format_eps(self.threat.eps),
+            },
             "suite": self.suite,
             "seed": self.seed,
-            "n": self.n,
+            "n": n,
             "clean_accuracy": self.clean_accuracy,
-            "clean_interval": wilson(clean, self.n),
+            "clean_interval": wilson(round(self.clean_accuracy * n), n),
             "robust_accuracy": self.robust_accuracy,
             "interval": self.interval,
             "verdict": asdict(self.verdict),
-            "attacks": [
-                {
-                    "name": name,
-                    "robust_accuracy": accuracy,
-                    "interval": wilson(round(accuracy * self.n), self.n),
-                    "settings": self.settings[name],
-                }
-                for name, accuracy in self.attacks.items()
-            ],
+            "attacks": [self._row(row) for row in self.rows],
+            "classes": self._classes(),
+            "passes": _per_image(self.passes, n),
             "seconds": round(self.seconds, 2),
         }
 
@@ -95,71 +124,208 @@ class Report:
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
+    def _row(self, row: Row) -> dict[str, Any]:
+        return {
+            "name": row.name,
+            "robust_accuracy": row.robust_accuracy,
+            "interval": wilson(round(row.robust_accuracy * self.n), self.n),
+            "newly_broken": row.newly_broken,
+            "settings": dict(row.settings),
+            "passes": _per_image(row.passes, self.n),
+            "seconds": round(row.seconds, 2),
+        }
+
+    def _classes(self) -> list[dict[str, Any]]:
+        clean, robust = self.samples["clean"], list(self.samples.values())[-1]
+        rows = []
+        for label in sorted(set(self.labels.tolist())):
+            mine = self.labels == label
+            rows.append({
+                "name": self.class_names[label] if self.class_names else str(label),
+                "n": int(mine.sum()),
+                "clean_accuracy": clean[mine].float().mean().item(),
+                "robust_accuracy": robust[mine].float().mean().item(),
+            })  # fmt: skip
+        return rows
+
 
 def evaluate(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
     *,
-    suite: str = "pgd",
+    suite: str = "standard",
     norm: Norm = "Linf",
     eps: float = 8 / 255,
-    batch_size: int = 256,
+    batch_size: int = 250,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda done: None,
+    class_names: Sequence[str] | None = None,
+    sharded: bool = False,
+    decided: Callable[[str, int, bool], None] = lambda attack, image, right: None,
+    done: Mapping[str, Mapping[int, bool]] | None = None,
 ) -> Report:
     """Clean and robust accuracy of `model` on (N, C, H, W) images in [0, 1] with int64 labels (N,).
 
-    Every attack runs in eval mode and float32, its noise keyed by the image's position, so the
-    result does not depend on `batch_size`. `progress` is told how many images are done. Raises
-    `UsageError` for an unknown suite, `DataError` for images or labels that do not fit.
+    `model` returns logits (N, K), alone, first in a tuple, or as `.logits`; its mode and gradients
+    are left as they were. Every attack runs in float32 with noise keyed by the image's position, so
+    the result does not depend on `batch_size`. `decided` is told of every verdict as it falls, and
+    verdicts in `done` (attack -> image -> still right) are taken over. `sharded` divides the images
+    over Accelerate's processes; every process gets the whole report. Raises `UsageError` for an
+    unknown suite, `DataError` for images or labels that do not fit, `ModelError` for a model that
+    does not return finite logits.
     """
     threat = ThreatModel(norm, eps)
-    if suite not in SUITES:
-        raise UsageError(f"expected a suite of {', '.join(SUITES)}, got {suite!r}")
-    _check(images, labels)
     started = time.monotonic()
-    settings = SUITES[suite]
-    predictions, survivors = [], []
-    with torch.random.fork_rng([]):
-        for first in range(0, len(images), batch_size):
-            batch = images[first : first + batch_size]
-            indices = torch.arange(first, first + len(batch), device=batch.device)
-            label = labels[first : first + batch_size]
-            with constant(model, batch) as victim:
-                with torch.no_grad():
-                    predictions.append(victim(batch).argmax(1))
-                survivors.append(
-                    survives_pgd(victim, batch, label, threat, noise=Noise(seed, indices), **settings)
-                )
-            progress(first + len(batch))
-    predicted, survives = torch.cat(predictions), torch.cat(survivors)
-    robust = survives.float().mean().item()
+    network, classes = _check(model, images, labels)
+    run = _Run(network, images, labels, threat, batch_size, seed, sharded, decided, done or {})
+    outcomes = run.suite(make_suite(suite, threat, classes), torch.arange(len(images)))
+    if suite == "fast" and black_box_beats_white_box(outcomes):
+        survivors = outcomes[-1].survivors.nonzero().squeeze(1)
+        standard = make_suite("standard", threat, classes)
+        outcomes += run.suite(standard, survivors, prefix="standard: ")[1:]
     return Report(
-        norm=norm,
-        eps=eps,
+        threat=threat,
         suite=suite,
         seed=seed,
-        n=len(images),
-        clean_accuracy=(predicted == labels).float().mean().item(),
-        robust_accuracy=robust,
-        verdict=Verdict("suspect", ("only PGD on cross-entropy was run: an upper bound",)),
-        attacks={"pgd": robust},
-        settings={"pgd": {**settings, "step_size": eps / 4, "loss": "ce", "start": "uniform"}},
-        samples={"clean": predicted == labels, "pgd": survives},
-        predictions=predicted,
-        labels=labels,
+        clean_accuracy=outcomes[0].survivors.float().mean().item(),
+        robust_accuracy=outcomes[-1].survivors.float().mean().item(),
+        verdict=Verdict("suspect", ("the checks have not been run",)),
+        rows=_rows(outcomes),
+        samples={outcome.name: outcome.survivors for outcome in outcomes},
+        labels=labels.cpu(),
+        predictions=run.predictions(),
+        class_names=class_names,
         seconds=time.monotonic() - started,
     )
 
 
-def _check(images: Tensor, labels: Tensor) -> None:
-    if len(images) == 0:
-        raise DataError("expected at least one image, got none")
-    if len(images) != len(labels):
-        raise DataError(f"expected one label per image, got {len(labels)} for {len(images)}")
-    low, high = images.min().item(), images.max().item()
-    if low < 0 or high > 1:
-        raise DataError(
-            f"expected images in [0, 1], got [{low:.3g}, {high:.3g}]; the model normalises itself"
+class _Run:
+    """What all suites of one evaluation share: model, images, processes, known verdicts."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        threat: ThreatModel,
+        batch_size: int,
+        seed: int,
+        sharded: bool,
+        decided: Callable[[str, int, bool], None],
+        done: Mapping[str, Mapping[int, bool]],
+    ) -> None:
+        self.network, self.images, self.labels, self.threat = network, images, labels, threat
+        self.batch_size, self.seed, self.decided, self.done = batch_size, seed, decided, done
+        self.processes = PartialState() if sharded else None
+
+    def suite(self, suite: Suite, indices: Tensor, *, prefix: str = "") -> list[AttackOutcome]:
+        """The outcomes of `suite` on the images at `indices`, over all processes; survivors are
+        (n,) over all images, those that were not attacked False."""
+        mine = indices
+        if self.processes is not None:
+            mine = indices[self.processes.process_index :: self.processes.num_processes]
+        known = {k.removeprefix(prefix): v for k, v in self.done.items() if k.startswith(prefix)}
+        with constant(self.network, self.images[:8]) as victim:
+            outcomes = run_suite(
+                victim, self.images[mine], self.labels[mine], suite=suite, threat=self.threat,
+                batch_size=self.batch_size, seed=self.seed, indices=mine, done=known,
+                decided=lambda attack, index, right, _: self.decided(prefix + attack, index, right),
+            )  # fmt: skip
+        shards = [(mine, outcomes)]
+        if self.processes is not None and self.processes.num_processes > 1:
+            shards = gather_object(shards)
+        return [self._merged(prefix, [(i, o[k]) for i, o in shards]) for k in range(len(outcomes))]
+
+    def predictions(self) -> Tensor:
+        """(n,) classes of the unperturbed images, on the CPU."""
+        with constant(self.network, self.images[:8]) as network:
+            victim = Victim(network)
+            starts = range(0, len(self.images), self.batch_size)
+            batches = [self.images[start : start + self.batch_size] for start in starts]
+            return torch.cat([victim.predict(batch) for batch in batches]).cpu()
+
+    def _merged(self, prefix: str, parts: list[tuple[Tensor, AttackOutcome]]) -> AttackOutcome:
+        survivors = torch.zeros(len(self.labels), dtype=torch.bool)
+        for indices, outcome in parts:
+            survivors[indices.cpu()] = outcome.survivors
+        first = parts[0][1]
+        passes = sum((outcome.passes for _, outcome in parts), Passes())
+        seconds = sum(outcome.seconds for _, outcome in parts)
+        return AttackOutcome(prefix + first.name, first.settings, survivors, passes, seconds)
+
+
+def black_box_beats_white_box(outcomes: Sequence[AttackOutcome]) -> bool:
+    """Whether Square, run last, broke more than 0.2 points of all images (AutoAttack's own bound),
+    and at least 3 (our choice), that all gradient attacks had left."""
+    before, after = outcomes[-2].survivors, outcomes[-1].survivors
+    broken = int((before & ~after).sum())
+    return broken >= 3 and broken > 0.002 * len(after)
+
+
+def _rows(outcomes: Sequence[AttackOutcome]) -> list[Row]:
+    right, rows = outcomes[0].survivors, []
+    for outcome in outcomes[1:]:
+        worst = right & outcome.survivors
+        rows.append(
+            Row(
+                outcome.name,
+                worst.float().mean().item(),
+                int((right & ~worst).sum()),
+                outcome.settings,
+                outcome.passes,
+                outcome.seconds,
+            )
         )
+        right = worst
+    return rows
+
+
+class _Logits(nn.Module):
+    """The logits of a model that returns them alone, first in a tuple, or as `.logits`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        answer = self.model(images)
+        answer = getattr(answer, "logits", answer)
+        return answer[0] if isinstance(answer, tuple) else answer  # type: ignore[no-any-return]
+
+
+def _check(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[nn.Module, int]:
+    """The model as a map to logits and its number of classes, or the error that says what does not
+    fit."""
+    if images.dim() != 4 or len(images) == 0:
+        raise DataError(f"expected images (N, C, H, W) with N >= 1, got {tuple(images.shape)}")
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise DataError(
+            f"expected {len(images)} integer labels, one per image, got {labels.dtype} "
+            f"{tuple(labels.shape)}"
+        )
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):
+        raise DataError(
+            f"expected images in [0, 1], got [{low:.3g}, {high:.3g}]; divide by 255 and leave the "
+            "normalization to the model"
+        )
+    with evaluating(model), torch.no_grad():
+        answer = model(images[:8])
+        network = model if isinstance(answer, Tensor) else _Logits(model)
+        logits = answer if network is model else network(images[:8])
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images[:8]):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"expected logits (N, K) from the model, got {shape}")
+    if not torch.isfinite(logits).all():
+        raise ModelError("expected finite logits, got NaN or infinity; the weights are damaged")
+    classes = logits.shape[1]
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise DataError(
+            f"expected labels from 0 to {classes - 1} for a model with {classes} classes, got "
+            f"{int(labels.min())} to {int(labels.max())}"
+        )
+    return network, classes
+
+
+def _per_image(passes: Passes, n: int) -> dict[str, float]:
+    return {"forward": round(passes.forward / n, 2), "backward": round(passes.backward / n, 2)}

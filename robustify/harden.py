@@ -9,7 +9,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,12 +26,13 @@ from robustify import config, data, models
 from robustify.attacks.pgd import pgd
 from robustify.data import DataSet
 from robustify.errors import UsageError
-from robustify.evaluate import Report, evaluate
-from robustify.models import Classifier
+from robustify.examine import assess
 from robustify.objective import Objective
-from robustify.report import complete, write_report
+from robustify.purifier import Purified, facts
+from robustify.report import write_report
 from robustify.run_folder import RunFolder
 from robustify.threat import Norm, ThreatModel
+from robustify.tiers import extend
 from robustify.train import Fitted, Stage, Training, fit
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def plan(
     norm: Norm | None = None,
     eps: float | None = None,
     seed: int = 0,
-    suite: str = "pgd",
+    suite: str = "fast",
     limit: int | None = None,
     max_steps: int | None = None,
     precision: str = "fp32",
@@ -131,20 +132,21 @@ def takes_attack(stages: Any) -> bool:
 def distill(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
     """Train the student by the recipe, evaluate it, and leave a run folder; returns its path.
 
-    A folder that holds the same job is continued, or, if finished, left as it is. Raises what
-    `RunFolder.held` and `fit` raise; KeyboardInterrupt after saving a checkpoint.
+    A folder that holds the same job is continued, or, if finished, left as it is. Under a launcher
+    every process calls this, and the first one owns the folder. Raises what `RunFolder.held` and
+    `fit` raise; KeyboardInterrupt after saving a checkpoint.
     """
     name = f"{job.recipe.name}-{Path(job.student).stem}-{job.dataset.name}"
     folder = RunFolder(out if out is not None else Path("runs") / name)
     accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
-    if not accelerator.is_main_process:
-        _work(job, folder, accelerator)
-        return folder.path
-    with folder.held(job.describe(), resume=resume):
+    owner = accelerator.is_main_process
+    with folder.held(job.describe(), resume=resume) if owner else nullcontext():
+        accelerator.wait_for_everyone()
         if folder.record.get("status") == "finished":
             log.warning("%s is already finished; --no-resume trains it anew", folder.path)
             return folder.path
-        _leave(job, folder, *_work(job, folder, accelerator), accelerator)
+        objective, fitted, outline = _work(job, folder, accelerator)
+        _leave(job, folder, objective, fitted, outline, accelerator)
     return folder.path
 
 
@@ -163,9 +165,11 @@ def new_accelerator(precision: str, accumulate: int, seed: int) -> Accelerator:
 def objectives(job: Job) -> Iterator[Objective]:
     """The recipe's stages, each built from its own seed so that a resumed run builds the same."""
     dataset = job.dataset
-    fitted_to = dict(num_classes=dataset.num_classes, in_chans=dataset.in_chans,
-                     image_size=dataset.image_size, class_names=dataset.class_names,
-                     mean=dataset.mean, std=dataset.std, data=dataset.source)  # fmt: skip
+    fitted_to: dict[str, Any] = {
+        "num_classes": dataset.num_classes, "in_chans": dataset.in_chans,
+        "image_size": dataset.image_size, "class_names": dataset.class_names,
+        "mean": dataset.mean, "std": dataset.std, "data": dataset.source,
+    }  # fmt: skip
     torch.manual_seed(job.seed)
     student = models.adapt(job.student, **fitted_to)
     teachers = [models.adapt(teacher, **fitted_to) for teacher in job.teachers]
@@ -184,7 +188,7 @@ def new_stage(job: Job, objective: Objective, number: int, accelerator: Accelera
     """`objective` with this job's data and settings, and what the stage itself changes in them."""
     train, validation = job.dataset.split_validation()
     if job.sync_bn:
-        objective = torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)
+        objective = torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
     return Stage(
         objective, train, validation, number=number, threat=job.threat, accelerator=accelerator,
         settings=Training(**{**vars(job.training), **objective.training_changes}), seed=job.seed,
@@ -216,7 +220,8 @@ def _work(
                          on_epoch=on_epoch)  # fmt: skip
             rows += fitted.history
             outline.append({"stage": objective.name, "network": objective.student.architecture,
-                            "selection": fitted.selection, "seconds": round(fitted.seconds, 1)})  # fmt: skip
+                            "selection": fitted.selection,
+                            "seconds": round(fitted.seconds, 1)})  # fmt: skip
     if last is None or fitted is None:
         raise UsageError(f"expected recipe {job.recipe.name} to yield at least one Objective")
     return last, fitted, outline
@@ -233,14 +238,32 @@ def _leave(
     """Weights, configuration, report and record."""
     record = dict(objective.record)
     about = {"recipe": job.recipe.name, "threat_model": job.describe()["threat_model"],
-             "data": job.dataset.source, "selection": fitted.selection, "record": record}  # fmt: skip
-    student = objective.student.to(torch.device("cpu"), memory_format=torch.contiguous_format)
-    models.save(student, folder.path, about)
+             "data": job.dataset.source, "selection": fitted.selection, "record": record,
+             "seed": job.seed}  # fmt: skip
+    student = objective.student.to("cpu").to(memory_format=torch.contiguous_format)
+    if accelerator.is_main_process:
+        models.save(student, folder.path, about)
     report = assess(student.to(accelerator.device), job.dataset, job.threat, suite=job.suite,
-                    limit=job.limit, seed=job.seed)  # fmt: skip
-    training = {**job.describe(), "selection": fitted.selection, "stages": outline, "record": record}
-    write_report(folder.path, report, model=models.describe(student), data=job.dataset,
-                 training=training, notices=record.get("notices", ()))  # fmt: skip
+                    limit=job.limit, seed=job.seed, out=folder.path)  # fmt: skip
+    if not accelerator.is_main_process:
+        return
+    training = {
+        **job.describe(),
+        "selection": fitted.selection,
+        "stages": outline,
+        "record": record,
+    }
+    more: dict[str, Any] = {"notices": record.get("notices", ()), "selection": fitted.selection,
+            "cost": {"training seconds": round(sum(row["seconds"] for row in outline), 1)},
+            "versions": versions()}  # fmt: skip
+    described: dict[str, Any] = models.describe(student)
+    if isinstance(student, Purified):
+        described |= facts(student)
+        report, tiers = extend(report, student, job.dataset)
+        more |= tiers
+        folder.update(**facts(student))
+    write_report(folder.path, report, model=described, data=job.dataset, training=training,
+                 more=more)  # fmt: skip
     folder.update(
         status="finished",
         selection=fitted.selection,
@@ -249,54 +272,6 @@ def _leave(
         training_seconds=round(fitted.seconds, 1),
         versions=versions(),
     )
-
-
-def assess(
-    model: Classifier,
-    dataset: DataSet,
-    threat: ThreatModel,
-    *,
-    suite: str,
-    limit: int | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-) -> Report:
-    """`evaluate` on the first `limit` images of the test split."""
-    device = next(model.parameters()).device
-    test = dataset.test if limit is None else dataset.test.take(limit)
-    images, labels, _ = test.__getitems__(range(len(test)))
-    return evaluate(
-        model, data.to_float(images).to(device), labels.to(device), suite=suite, norm=threat.norm,
-        eps=threat.eps, seed=seed, batch_size=batch_size,
-    )  # fmt: skip
-
-
-def examine(
-    model: str,
-    *,
-    dataset: str | None = None,
-    suite: str = "pgd",
-    norm: Norm | None = None,
-    eps: float | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-) -> dict[str, Any]:
-    """`robustify evaluate`: the content of a report on any model that `models.load` understands.
-
-    Data set and threat model are those named in the model's metadata, unless given.
-    """
-    classifier = models.load(model)
-    name = dataset or classifier.data
-    if name is None:
-        raise UsageError(f"expected --data, because {model} does not say what it was trained on")
-    loaded = data.load(name, image_size=classifier.image_size)
-    threat = classifier.about.get("threat_model") or vars(loaded.threat)
-    threat = ThreatModel(norm or threat["norm"], threat["eps"] if eps is None else eps)
-    report = assess(classifier, loaded, threat, suite=suite, limit=limit, seed=seed,
-                    batch_size=batch_size)  # fmt: skip
-    notices = classifier.about.get("record", {}).get("notices", ())
-    return complete(report, model=models.describe(classifier), data=loaded, notices=notices)
 
 
 def dry_run(job: Job) -> dict[str, Any]:
@@ -323,7 +298,9 @@ def dry_run(job: Job) -> dict[str, Any]:
                            for n, m in objective.named_children()},
             "steps": stage.budget,
             "student_forwards_per_step": round(forwards, 1),
-            "model_passes": round(forwards * stage.budget * len(images) * accelerator.num_processes),
+            "model_passes": round(
+                forwards * stage.budget * len(images) * accelerator.num_processes
+            ),
             "estimated_seconds": round(seconds * stage.budget, 1),
         })  # fmt: skip
     return {**job.describe(), "stages": rows}
@@ -331,7 +308,7 @@ def dry_run(job: Job) -> dict[str, Any]:
 
 @contextmanager
 def interruptible() -> Iterator[Any]:
-    """Turn the first SIGINT or SIGTERM into a question that can be asked; a second one is obeyed."""
+    """Turn the first SIGINT or SIGTERM into a question to be asked; a second one is obeyed."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

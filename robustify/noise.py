@@ -68,12 +68,13 @@ class Noise:
     def uniform(self, like: Tensor) -> Tensor:
         """Uniform in [0, 1), shaped like `like` (first dimension N), in float32."""
         count = math.prod(like.shape[1:])
-        return (_shift(self.bits(count), 40).float() * 2.0**-24).view(len(self.keys), *like.shape[1:])
+        drawn = _shift(self.bits(count), 40).float() * 2.0**-24
+        return drawn.view(len(self.keys), *like.shape[1:])
 
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal, shaped like `like`, in float32, by inversion."""
         uniform = self.uniform(like)
-        return torch.erfinv((2 * uniform - 1 + 2.0**-24)) * math.sqrt(2)
+        return torch.erfinv(2 * uniform - 1 + 2.0**-24) * math.sqrt(2)
 
     def integers(self, high: int, like: Tensor) -> Tensor:
         """Uniform integers in [0, high), shaped like `like`; high is at most 2**24."""

@@ -41,7 +41,7 @@ class ThreatModel:
             )
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise UsageError(
-                f"expected eps >= 0 in [0, 1] pixel units, got {self.eps}; write it as 8/255 or 0.03"
+                f"expected eps >= 0 in [0, 1] pixel units, got {self.eps}; write 8/255 or 0.03"
             )
 
     def __str__(self) -> str:

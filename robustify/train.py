@@ -39,15 +39,18 @@ from robustify.threat import ThreatModel
 
 log = logging.getLogger(__name__)
 
+Fetched = tuple[Tensor, Tensor, Tensor]  # uint8 images, labels, indices
 AUGMENTATION, ATTACK, VALIDATION = 0, 1, 2  # streams of noise
-CHECK_EVERY = 50  # optimizer steps between two looks at the loss on a GPU, each of which waits for it
+CHECK_EVERY = (
+    50  # optimizer steps between two looks at the loss on a GPU, each of which waits for it
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """Settings of the loop; the field names are what a recipe's `training:` section may say.
 
-    Epochs in `decay_at` and `averaging_start` count from 0; a number below 1 is a share of `epochs`.
+    Epochs in `decay_at` and `averaging_start` count from 0; below 1 they are a share of `epochs`.
     """
 
     epochs: int = 30
@@ -144,7 +147,7 @@ class Stage:
         self.layout = torch.contiguous_format
         if prefers_channels_last(objective.student, objective.student.image_size):
             self.layout = torch.channels_last
-            objective.to(memory_format=self.layout)  # type: ignore[call-overload]
+            objective.to(memory_format=self.layout)
         optimizer = create_optimizer_v2(
             objective,
             opt=settings.optimizer,
@@ -168,7 +171,9 @@ class Stage:
         progress = self.progress
         return progress.epoch >= self.settings.epochs or progress.updates >= self.budget
 
-    def batch(self, fetched: tuple[Tensor, Tensor, Tensor], epoch: int) -> tuple[Tensor, Tensor, Noise]:
+    def batch(
+        self, fetched: tuple[Tensor, Tensor, Tensor], epoch: int
+    ) -> tuple[Tensor, Tensor, Noise]:
         """Augmented images in [0, 1], labels, and the noise that belongs to them."""
         images, labels, indices = fetched
         noise = Noise(self.seed, indices, (self.number, epoch))
@@ -187,12 +192,12 @@ class Stage:
             images = to_float(images).contiguous(memory_format=self.layout)
             yield images, labels, Noise(self.seed, indices, (self.number,))
 
-    def step(self, fetched: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    def step(self, fetched: Fetched) -> dict[str, Tensor]:
         """One batch: forward, backward, and an update where accumulation is due."""
         progress, objective = self.progress, self.objective
         objective.epoch, objective.epochs = progress.epoch, self.settings.epochs
         objective.lr_scale = self.schedule.optimizer.param_groups[0]["lr"] / self.settings.lr
-        # Dropout and drop-path draw from torch's own generator: seed it so that resuming repeats it.
+        # Dropout and drop-path draw from torch's own generator: seeding it makes resuming exact.
         # The hash of a tuple of integers is the same in every process.
         place = (self.seed, self.number, progress.epoch, progress.step)
         torch.manual_seed(hash((*place, self.accelerator.process_index)) % 2**63)
@@ -271,7 +276,9 @@ class Stage:
 
     def _rank(self, score: Mapping[str, float]) -> tuple[float, float]:
         """What "best" means: the selected accuracy, then the other one."""
-        first, second = ("robust", "clean") if self.settings.select == "robust" else ("clean", "robust")
+        first, second = (
+            ("robust", "clean") if self.settings.select == "robust" else ("clean", "robust")
+        )
         return score[first], score[second]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -304,9 +311,9 @@ class Stage:
         if self.averaged is not None:
             self.averaged.load_state_dict(_under("averaged.", tensors))
         self.best = {
-            name: {k: v.to(self.accelerator.device) for k, v in _under(f"best.{name}.", tensors).items()}
+            name: _copy(_under(f"best.{name}.", tensors), self.accelerator.device)
             for name in self.progress.best
-        }  # fmt: skip
+        }
 
     def fitted(self) -> Fitted:
         """The best network over all evaluations becomes the student's weights."""
@@ -316,7 +323,9 @@ class Stage:
         self.objective.student.load_state_dict(self.best[name])
         selection = {"network": name, **best[name], "candidates": best,
                      "on": f"{len(self.validation)} held-out training images"}  # fmt: skip
-        return Fitted(self.best[name], last, selection, self.progress.history, self.progress.seconds)
+        return Fitted(
+            self.best[name], last, selection, self.progress.history, self.progress.seconds
+        )
 
 
 def fit(
@@ -329,7 +338,8 @@ def fit(
     """Train `stage` to its end from wherever its checkpoint left it.
 
     `interrupted` is asked after every step; True saves a checkpoint and raises KeyboardInterrupt.
-    `on_epoch` receives all rows so far. Raises `TrainingError` where the loss is not finite, naming the last good checkpoint.
+    `on_epoch` receives all rows so far. Raises `TrainingError` where the loss is not finite, naming
+    the last good checkpoint.
     """
     name = f"stage{stage.number}"
     saved = checkpoints.load(name)
@@ -352,8 +362,10 @@ def fit(
                 on_epoch(stage.progress.history)
     except TrainingError as error:
         kept = checkpoints.newest(name)
-        where = f"; the last good checkpoint is {kept}" if kept else "; no checkpoint was written yet"
-        raise TrainingError(f"{error}{where}") from None
+        where = (
+            f"; the last good checkpoint is {kept}" if kept else "; no checkpoint was written yet"
+        )
+        raise TrainingError(f"{error}; {where}") from None
     _save(stage, checkpoints, name)
     return stage.fitted()
 
@@ -373,14 +385,15 @@ def _epoch(
     stage.loader.set_epoch(progress.epoch)
     stage.model.train()
     device = stage.accelerator.device
-    sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in progress.sums.items()}
+    exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    sums = {name: torch.tensor(total, **exact) for name, total in progress.sums.items()}
     loader = skip_first_batches(stage.loader, progress.step) if progress.step else stage.loader
     for fetched in loader:
         updates = progress.updates
         terms = stage.step(fetched)
         progress.step += 1
         for key, term in terms.items():
-            sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64, device=device)) + term
+            sums[key] = sums.get(key, torch.zeros((), **exact)) + term
         bar.update(progress.updates - updates)
         now = time.monotonic()
         progress.seconds = before + now - started
@@ -493,12 +506,13 @@ def _averaged(student: nn.Module, settings: Training) -> AveragedModel | None:
     return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))  # type: ignore[no-untyped-call]
 
 
-def _as_fetched(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _as_fetched(batch: Any) -> Any:
+    """`Split.__getitems__` returns whole batches: nothing is left to collate."""
     return batch
 
 
-def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor.detach().clone() for key, tensor in state.items()}
+def _copy(state: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
+    return {key: tensor.detach().to(device, copy=True) for key, tensor in state.items()}
 
 
 def _under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustify.errors import UsageError
 from robustify.losses import cross_entropy
@@ -64,7 +64,7 @@ def _start(images: Tensor, threat: ThreatModel, noise: Noise, start: Start) -> T
 
 
 def survives_pgd(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
     threat: ThreatModel,
@@ -81,7 +81,7 @@ def survives_pgd(
     again. For training curves; a headline needs a suite.
     """
     with torch.no_grad():
-        survives = model(images).argmax(1) == labels
+        survives: Tensor = model(images).argmax(1) == labels
     for restart in range(restarts):
         left = survives.nonzero().squeeze(1)
         if len(left) == 0:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustify.attacks.apgd import APGD
 from robustify.attacks.cw import CW
@@ -156,7 +156,7 @@ def _by_name(threat: ThreatModel, classes: int) -> dict[str, Callable[[], Attack
 
 
 def run_suite(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     images: Tensor,
     labels: Tensor,
     *,
@@ -196,7 +196,7 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Callable[[Tensor], Tensor],
         images: Tensor,
         labels: Tensor,
         indices: Tensor,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustify.attacks.passes import Passes
 
@@ -28,7 +28,7 @@ class Victim:
     Athalye et al., ICML 2018) and answers with the mean.
     """
 
-    def __init__(self, model: nn.Module, *, samples: int = 1) -> None:
+    def __init__(self, model: Callable[[Tensor], Tensor], *, samples: int = 1) -> None:
         self.model = model
         self.samples = samples
         self.passes = Passes()

@@ -1,0 +1,151 @@
+"""From a name to a report: any classifier, on the test images of any data set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from robustify import data, models
+from robustify.classifier import Classifier
+from robustify.data import DataSet
+from robustify.errors import UsageError
+from robustify.evaluate import Report, evaluate
+from robustify.journal import Journal
+from robustify.purifier import Purified, facts
+from robustify.report import complete, write_report
+from robustify.threat import Norm, ThreatModel
+from robustify.tiers import extend
+
+log = logging.getLogger(__name__)
+
+
+def assess(
+    model: Classifier,
+    dataset: DataSet,
+    threat: ThreatModel,
+    *,
+    suite: str,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+    out: Path | None = None,
+) -> Report:
+    """`evaluate` on the first `limit` images of the test split, over all processes, with progress.
+
+    With `out`, verdicts are kept there as they fall, and an interrupted evaluation goes on. Raises
+    `RunFolderError` where `out` holds another evaluation.
+    """
+    device = next(model.parameters()).device
+    test = dataset.test if limit is None else dataset.test.take(limit)
+    images, labels, _ = test.__getitems__(range(len(test)))
+    process = PartialState()
+    journal = None
+    if out is not None:
+        identity = {
+            "weights": models.weights_hash(model),
+            "data": dataset.fingerprint,
+            "n": len(test),
+            "threat_model": vars(threat),
+            "suite": suite,
+            "seed": seed,
+        }
+        journal = Journal(out / "verdicts", identity, process=process.process_index)
+    bar = tqdm(unit="verdict", disable=not process.is_main_process, mininterval=1, desc=suite)
+
+    def decided(attack: str, image: int, right: bool) -> None:
+        if journal is not None:
+            journal.record(attack, image, right)
+        bar.set_postfix_str(attack, refresh=False)
+        bar.update()
+
+    with bar:
+        report = evaluate(
+            model, data.to_float(images).to(device), labels.to(device), suite=suite,
+            norm=threat.norm, eps=threat.eps, seed=seed, batch_size=batch_size,
+            class_names=dataset.class_names, sharded=True, decided=decided,
+            done=journal.verdicts if journal is not None else None,
+        )  # fmt: skip
+    if journal is not None:
+        journal.close()
+    return report
+
+
+def examine(
+    model: str,
+    *,
+    dataset: str | None = None,
+    suite: str = "fast",
+    norm: Norm | None = None,
+    eps: Sequence[float] = (),
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 250,
+    out: Path | None = None,
+) -> dict[str, Any] | None:
+    """`robustify evaluate`: the content of a report on any model that `models.load` understands;
+    None in every process but the first.
+
+    Data set and threat model are those named in the model's metadata, unless given. The first of
+    several `eps` is the headline, all of them together the curve.
+    """
+    classifier = models.load(model)
+    process = PartialState()
+    classifier.to(process.device)
+    name = dataset or classifier.data
+    if name is None:
+        raise UsageError(f"expected --data, because {model} does not say what it was trained on")
+    loaded = data.load(name, image_size=classifier.image_size)
+    fit_together(classifier, loaded, model)
+    known = classifier.about.get("threat_model") or vars(loaded.threat)
+    threats = [ThreatModel(norm or known["norm"], value) for value in eps or (known["eps"],)]
+    reports = [
+        assess(classifier, loaded, threat, suite=suite, limit=limit, seed=seed,
+               batch_size=batch_size, out=out and out / f"eps-{threat.eps:.6g}")
+        for threat in threats
+    ]  # fmt: skip
+    if not process.is_main_process:
+        return None
+    about: dict[str, Any] = {
+        "model": {**models.describe(classifier), "weights_hash": models.weights_hash(classifier)},
+        "data": loaded,
+        "more": {"notices": list(classifier.about.get("record", {}).get("notices", ()))},
+    }
+    if isinstance(classifier, Purified):
+        about["model"] |= facts(classifier)
+        reports[0], about["more"] = extend(reports[0], classifier, loaded, batch_size=batch_size)
+    content = complete(reports[0], **about)
+    if len(reports) > 1:
+        content["curve"] = [curve_point(report) for report in reports]
+    if out is not None:
+        write_report(out, reports[0], **about)
+    return content
+
+
+def curve_point(report: Report) -> dict[str, Any]:
+    """One point of accuracy against eps."""
+    content = report.to_dict()
+    return {
+        **{key: content["threat_model"][key] for key in ("eps", "eps_text")},
+        "robust_accuracy": report.robust_accuracy,
+        "interval": report.interval,
+        "attack": f"suite {report.suite}",
+    }
+
+
+def fit_together(model: Classifier, dataset: DataSet, name: str) -> None:
+    """Raise `UsageError` where the model cannot be asked about these images."""
+    if model.num_classes != dataset.num_classes:
+        raise UsageError(
+            f"expected a model for the {dataset.num_classes} classes of {dataset.name}, got {name} "
+            f"with {model.num_classes}; name its own data set with --data"
+        )
+    if model.in_chans != dataset.in_chans:
+        raise UsageError(
+            f"expected a model for images with {dataset.in_chans} channels, got {name} with "
+            f"{model.in_chans}; name its own data set with --data"
+        )

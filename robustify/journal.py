@@ -1,0 +1,96 @@
+"""Journal: one line per image and attack as it is decided, so that an evaluation can go on.
+
+The first line says which evaluation it is. Lines are appended and flushed one by one: a killed
+process loses at most the line it was writing, which is passed over when the journal is read. Each
+process of a sharded evaluation appends to a file of its own and reads all of them, so the number of
+processes may change in between.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from robustify.errors import RunFolderError
+
+Verdicts = dict[str, dict[int, bool]]  # attack -> image -> still right
+
+
+class Journal:
+    """The verdicts of one evaluation in `folder`; `identity` (plain values) tells it from others.
+
+    Raises `RunFolderError` for a journal of another evaluation, or a folder that cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, process: int = 0) -> None:
+        self.identity = json.loads(json.dumps(identity))
+        self.verdicts: Verdicts = {}
+        self.path = folder / f"journal-{process}.jsonl"
+        for path in sorted(folder.glob("journal-*.jsonl")):
+            self._read(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file: TextIO = self._open()
+        except OSError as error:
+            raise RunFolderError(
+                f"expected a folder that can be written, got {folder}: {error.strerror}; choose "
+                "another --out"
+            ) from None
+
+    def done(self, prefix: str) -> Verdicts:
+        """The verdicts of attacks called `prefix` + name, by name."""
+        found = self.verdicts.items()
+        return {k[len(prefix) :]: dict(v) for k, v in found if k.startswith(prefix)}
+
+    def record(self, attack: str, image: int, right: bool) -> None:
+        """Append one verdict."""
+        self.verdicts.setdefault(attack, {})[image] = right
+        self._write({"attack": attack, "image": image, "right": right})
+
+    def close(self) -> None:
+        """Close the file; the verdicts stay readable."""
+        self.file.close()
+
+    def _open(self) -> TextIO:
+        torn = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
+        new = not self.path.is_file() or self.path.stat().st_size == 0
+        file = self.path.open("a", encoding="utf-8")
+        if torn:
+            file.write("\n")
+        if new:
+            file.write(json.dumps(self.identity) + "\n")
+        file.flush()
+        return file
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise RunFolderError(
+                f"could not write {self.path}: {error.strerror}; the verdicts before it are kept, "
+                "the same command goes on from them"
+            ) from None
+
+    def _read(self, path: Path) -> None:
+        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # torn by a kill; decided again
+            if number == 0 and line != self.identity:
+                raise RunFolderError(
+                    f"{path} belongs to another evaluation ({_difference(line, self.identity)}); "
+                    "choose another --out"
+                )
+            if "attack" in line:
+                self.verdicts.setdefault(line["attack"], {})[line["image"]] = line["right"]
+
+
+def _difference(there: Any, here: Mapping[str, Any]) -> str:
+    if not isinstance(there, dict):
+        return "its first line is not one of ours"
+    key = next(k for k in [*there, *here] if there.get(k) != here.get(k))
+    return f"{key}: {there.get(key)} there, {here.get(key)} here"
