@@ -10,8 +10,8 @@ in the linear model). With p(x) the projection of x on that hyperplane inside th
 and a point of another class is pulled back: x + 0.9 (x_{k+1} - x).
 
 One thing is ours. FAB looks for the smallest distance, while a verdict only asks whether it is
-within eps: a run that after 20 iterations is still more than 3 eps away ends there. In 1,962 runs on
-two robust CIFAR-10 networks (Linf 2/255) four in five ended this way, and none of all runs came
+within eps: a run that after 20 iterations is still more than 3 eps away ends there. In 1,962 runs
+on two robust CIFAR-10 networks (Linf 2/255) four in five ended so, and none of all runs came
 nearer than 0.70 of its distance at that point in the other 80 iterations; it would take a third.
 
 The numbers are those of the authors' code, github.com/fra31/auto-attack: Copyright (c) 2020

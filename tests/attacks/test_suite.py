@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from robustify.attacks.apgd import APGD
+from robustify.attacks.apgd import APGD, _schedule
 from robustify.attacks.cw import CW
 from robustify.attacks.fab import FAB
 from robustify.attacks.fixed_step import PGD
@@ -176,11 +176,13 @@ def test_standard_has_the_numbers_of_its_authors():
     ce, targeted, fab, square = make_suite("standard", ThreatModel("Linf"), 10).attacks
     assert (ce.runs, targeted.runs, fab.runs, square.queries) == (1, 9, 9, 5000)
     assert [ce.iterations, targeted.iterations, fab.iterations] == [100, 100, 100]
-    windows = [window for _, window, _ in ce._schedule if window]
+    windows = [window for _, window, _ in _schedule(ce, "Linf") if window]
     assert windows == [22, 19, 16, 13, 10, 7, 6, 6]
     ce, targeted, fab, _ = make_suite("standard", ThreatModel("L1", 12), 10).attacks
     assert (ce.runs, targeted.runs, fab.runs) == (5, 5, 9)
     assert ce._phases() == [(3, 30), (2, 30), (1, 40)]
+    assert {window for _, window, _ in _schedule(ce, "L1")} == {0, 1}
+    assert ce.steps == len(_schedule(ce, "L1")) == 103
 
 
 def test_a_fallen_image_costs_nothing_more():
