@@ -51,12 +51,6 @@ class Objective(nn.Module):
         `noise` belongs to these images. Every term but the loss is only logged."""
         raise NotImplementedError
 
-    def prepare(self, batches: Iterator[tuple[Tensor, Tensor, Noise]]) -> None:
-        """Look at the training images before the first step: each once, unaugmented, in order.
-
-        Called again when a run is resumed, so what is found here needs no checkpoint.
-        """
-
     def reached(self, epoch: float) -> bool:
         """Whether training is in `epoch` or past it; below 1, a share of all epochs."""
         return self.epoch >= (int(epoch * self.epochs) if epoch < 1 else epoch)
@@ -78,12 +72,6 @@ class Objective(nn.Module):
         if missing:
             raise RuntimeError(f"checkpoint and objective differ in {sorted(missing)[:3]}")
         self.load_state_dict(dict(state), strict=False)
-
-
-def is_untrained(classifier: Classifier) -> bool:
-    """Whether `classifier` was named by its architecture alone, so that it has no weights to teach
-    with yet."""
-    return not classifier.about.keys() - {"data"}
 
 
 def check_teachers(student: Classifier, teachers: Sequence[Classifier], *, roles: int) -> None:
@@ -110,9 +98,8 @@ def check_teachers(student: Classifier, teachers: Sequence[Classifier], *, roles
             )
 
 
-def is_untrained(classifier: Classifier) -> bool:
-    """Whether `classifier` was named by its architecture alone, so that it has no weights to teach
-    with yet."""
+def is_from_scratch(classifier: Classifier) -> bool:
+    """Whether `classifier` was named by its architecture alone: what it knows, this run taught it."""
     return not classifier.about.keys() - {"data"}
 
 

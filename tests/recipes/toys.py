@@ -7,11 +7,13 @@ import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from robustify import config
+from robustify import config, data
+from robustify.attacks.pgd import pgd, survives_pgd
 from robustify.models import Classifier
 from robustify.noise import Noise
 from robustify.objective import Frozen
 from robustify.threat import ThreatModel
+from robustify.train import Training
 
 LN9 = 2.1972245773362196
 THREAT = ThreatModel("Linf", 0.1)
@@ -126,6 +128,18 @@ def roles(recipe):
         return None
     said = re.split(r" \(|;", config.find(recipe).about["teachers"])[0]
     return ROLES.get(said)
+
+
+def settings(recipe, preset=None):
+    """The loop's settings and the attack's, as a preset has them at eps 8/255."""
+    found = config.find(recipe)
+    schemas = {
+        "method": config.schema(found.load().stages, without=("threat", "attack")),
+        "attack": config.schema(pgd, without=("noise",)),
+        "training": config.schema(Training),
+    }
+    resolved = config.resolve(found, schemas, eps=8 / 255, preset=preset)
+    return Training(**resolved["training"]), resolved["attack"]
 
 
 def all_stages(
@@ -259,10 +273,13 @@ def running_mean(objective_or_network):
     return student.module.norm.running_mean.item()
 
 
-def reference_kl(p, q, temperature=1.0, reduction="batchmean"):
-    """KL(softmax(p / T), softmax(q / T)) as the field's programs have it; "mean" divides by N K."""
-    log_q = torch.log_softmax(q / temperature, 1)
-    return torch.nn.functional.kl_div(log_q, torch.softmax(p / temperature, 1), reduction=reduction)
+def reference_kl(p, q, temperature=1.0, *, class_mean=False):
+    """KL(softmax(p / T), softmax(q / T)), mean over images; `class_mean` divides by K as well, as
+    PyTorch's KLDivLoss does by default, which many published programs took."""
+    p, q = ((z / temperature).exp() for z in (p, q))
+    p, q = (z / z.sum(1, keepdim=True) for z in (p, q))
+    divergence = (p * (p / q).log()).sum() / len(p)
+    return divergence / p.shape[1] if class_mean else divergence
 
 
 def step(objective, batch):
@@ -273,3 +290,45 @@ def step(objective, batch):
     terms["loss"].backward()
     images_adv = recorder.images_adv(images) if hasattr(objective, "attack") else None
     return recorder, terms, images_adv
+
+
+def digits(count=256):
+    """The first digits of the bundled training set as one batch."""
+    images, labels, keys = data.load("digits").train.__getitems__(range(count))
+    return data.to_float(images), labels, Noise(0, keys)
+
+
+def overfit(recipe, student=None, teachers=None, *, epochs, lr, batch_size=64, **settings):
+    """A recipe's last stage, trained on 256 digits at eps 0.1 with PGD-10; and these digits."""
+    objective = build(recipe, student or toy(), teachers, steps=10, **settings)
+    images, labels, noise = digits()
+    optimizer = torch.optim.SGD(parameters(objective), lr=lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    objective.epochs = epochs
+    for epoch in range(epochs):
+        objective.epoch = epoch
+        order = torch.randperm(256, generator=torch.Generator().manual_seed(epoch))
+        for chosen in order.split(batch_size):
+            terms = objective(images[chosen], labels[chosen], noise.fork(epoch)[chosen])
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            optimizer.step()
+        schedule.step()
+    return objective.eval(), images, labels, noise
+
+
+def evaluated(objective, images, labels, noise):
+    """The terms of an objective with its networks in eval mode."""
+    return {name: term.item() for name, term in objective.eval()(images, labels, noise).items()}
+
+
+def accuracy(network, images, labels):
+    with torch.no_grad():
+        return (network.eval()(images).argmax(1) == labels).float().mean().item()
+
+
+def robust_accuracy(network, images, labels, steps=10):
+    """Under PGD-10 on cross-entropy, at the eps of training."""
+    noise = Noise.for_batch(7, images)
+    survives = survives_pgd(network.eval(), images, labels, THREAT, steps=steps, noise=noise)
+    return survives.float().mean().item()
