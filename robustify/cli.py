@@ -82,6 +82,7 @@ def robustify(debug: bool) -> None:
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16.")
 @norm_option
 @eps_option
+@click.option("--train-limit", type=click.IntRange(min=1), help="Use N training images.")
 @click.option("--image-size", type=click.IntRange(min=1), help="Resize images to this side.")
 @suite_option
 @limit_option
@@ -122,7 +123,7 @@ def distill(
     if dry_run:
         click.echo(json.dumps(harden.dry_run(job), indent=2))
         return
-    folder = harden.distill(job, out, resume=resume)
+    folder = harden.run(job, out, resume=resume)
     content = report.read(folder)
     click.echo(json.dumps(content, indent=2) if as_json else report.markdown(content))
     if not as_json:

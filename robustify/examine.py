@@ -14,7 +14,7 @@ from robustify import data, models
 from robustify.classifier import Classifier
 from robustify.data import DataSet
 from robustify.errors import UsageError
-from robustify.evaluate import Report, evaluate
+from robustify.evaluation import Report, evaluate
 from robustify.journal import Journal
 from robustify.purifier import Purified, facts
 from robustify.report import complete, write_report

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,7 +63,11 @@ class Job:
             "recipe": self.recipe.name,
             "student": self.student,
             "teachers": list(self.teachers),
-            "data": {"name": self.dataset.name, "fingerprint": self.dataset.fingerprint},
+            "data": {
+                "name": self.dataset.name,
+                "fingerprint": self.dataset.fingerprint,
+                "training_images": len(self.dataset.train),
+            },
             "threat_model": {"norm": self.threat.norm, "eps": self.threat.eps},
             "method": dict(self.method),
             "attack": dict(self.attack),
@@ -92,6 +96,7 @@ def plan(
     precision: str = "fp32",
     sync_bn: bool = False,
     image_size: int | None = None,
+    train_limit: int | None = None,
 ) -> Job:
     """Check a request before anything long starts. `settings` overrides the recipe's YAML
     (`{"training.epochs": 5, "beta": 3}`). Raises `UsageError`, `DataError`."""
@@ -102,6 +107,8 @@ def plan(
     if wanted not in (None, loaded.image_size):
         log.info("%s wants images of %d pixels: resizing %s", student, wanted, loaded.name)
         loaded = data.load(dataset, image_size=wanted)
+    if train_limit is not None:
+        loaded = replace(loaded, train=loaded.train.take(train_limit))
     threat = ThreatModel(norm or loaded.threat.norm, loaded.threat.eps if eps is None else eps)
     schemas = {
         "method": config.schema(stages, without=("threat", "attack")),
@@ -129,7 +136,14 @@ def takes_attack(stages: Any) -> bool:
     return "attack" in config.schema(stages)
 
 
-def distill(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
+def distill(
+    recipe: str, student: str, *, out: Path | None = None, resume: bool = True, **options: Any
+) -> Path:
+    """`plan` and `run` in one: what `robustify distill` does. `options` are those of `plan`."""
+    return run(plan(recipe, student, **options), out, resume=resume)
+
+
+def run(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
     """Train the student by the recipe, evaluate it, and leave a run folder; returns its path.
 
     A folder that holds the same job is continued, or, if finished, left as it is. Under a launcher

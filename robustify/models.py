@@ -20,13 +20,13 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from robustify.classifier import Classifier, describe, hub_config, match_labels
 from robustify.errors import HubError, ModelError, UsageError, suggest
-from robustify.files import atomic_write, replacing
+from robustify.files import atomic_write
 from robustify.frozen import weights_hash
 from robustify.networks import SMALL_IMAGE, small_variant
 from robustify.purifier import (
@@ -150,7 +150,8 @@ def adapt(
     if in_chans != channels:
         log.warning("%s took %d channels, now %d", saved.origin, channels, in_chans)
         cfg |= {"mean": tuple(mean or (0.5,) * in_chans), "std": tuple(std or (0.5,) * in_chans)}
-    base = saved.origin if ":" in saved.origin or "." in str(name) else Path(saved.origin).name
+    published = timm.is_model(architecture_of(saved.origin)) or saved.origin.startswith("hf")
+    base = saved.origin if published else Path(saved.origin).name
     about: dict[str, Any] = {"base": base} | ({"data": data} if data else {})
     if architecture != saved.architecture or in_chans != channels:
         about["replaced"] = ["stem"]
@@ -228,8 +229,20 @@ def save_weights(
     state = {name: _plain(name, tensor) for name, tensor in classifier.module.state_dict().items()}
     recorded = {"model": describe(classifier), "about": {**classifier.about, **(about or {})}}
     header = {"format": "pt", HEADER_KEY: json.dumps(recorded, sort_keys=True, ensure_ascii=False)}
-    with replacing(path) as partial:
-        save_file(state, partial, header)
+    atomic_write(path, _same_bytes(serialize(state, header)))
+
+
+def _same_bytes(content: bytes) -> bytes:
+    """A safetensors file with its header in one order: safetensors writes metadata in a random one.
+
+    A header is 8 bytes of length, then JSON filled up with spaces to a multiple of 8.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
@@ -245,8 +258,8 @@ def _find(name: str) -> Saved | str:
     """What a name stands for: a network at rest, or the name of a timm architecture."""
     if (purifier := purifier_file(name)) is not None:
         raise ModelError(
-            f"expected a bare classifier, got the purified model {name}; name the classifier inside "
-            f"it, {purifier.parent / CLASSIFIER_FOLDER}"
+            f"expected a bare classifier, got the purified model {name}; name the classifier "
+            f"inside it, {purifier.parent / CLASSIFIER_FOLDER}"
         )
     prefix, _, rest = name.partition(":")
     if prefix in ("hf-hub", "hf_hub"):

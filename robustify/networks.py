@@ -393,12 +393,7 @@ CIFAR_NETWORKS = tuple(_CIFAR_NETWORKS)
 """The networks above that timm has no counterpart of, as timm names."""
 
 
-def _build_vit(**kwargs: Any) -> Any:
-    return model_entrypoint("vit_tiny_patch16_224")(patch_size=4, **kwargs)
-
-
 _VIT_CFG = _cfg(first_conv="patch_embed.proj", classifier="head", fixed_input_size=True)
-_NETWORKS = {**_CIFAR_NETWORKS, "vit_tiny_patch4_32": (_build_vit, _VIT_CFG)}
 
 
 def _small_cfg(base: str) -> PretrainedCfg:
@@ -416,9 +411,17 @@ _SMALL_NETWORKS = {
 
 # timm looks a module's configurations up under this name when a network is registered
 default_cfgs = generate_default_cfgs(
-    {name: cfg for name, (_, cfg) in _NETWORKS.items()}
+    {name: cfg for name, (_, cfg) in _CIFAR_NETWORKS.items()}
     | {f"{base}_small": _small_cfg(base) for base in _SMALL_NETWORKS}
+    | {"vit_tiny_patch4_32": _VIT_CFG}
 )
+
+
+def vit_tiny_patch4_32(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> Any:
+    """ViT-Tiny with an 8×8 grid of patches for 32-pixel images."""
+    own = {**_VIT_CFG.to_dict(), "architecture": "vit_tiny_patch4_32"}
+    build = model_entrypoint("vit_tiny_patch16_224")
+    return build(pretrained, pretrained_cfg=pretrained_cfg or own, patch_size=4, **kwargs)
 
 
 def _register(
@@ -441,7 +444,8 @@ def _register(
     register_model(entry)
 
 
+register_model(vit_tiny_patch4_32)
 for _base, _family in _SMALL_NETWORKS.items():
     _register(f"{_base}_small", partial(_build_small, _base, _family), fit_to_small)
-for _name, (_build, _) in _NETWORKS.items():
+for _name, (_build, _) in _CIFAR_NETWORKS.items():
     _register(_name, _build, published_names)

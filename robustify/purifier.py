@@ -15,6 +15,7 @@ and `classifier/` as `models.save` leaves it.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ SIZES = {"teacher": (64, 4), "student": (32, 2), "tiny": (16, 1)}  # name -> w, 
 GROUPS = 8  # of every GroupNorm
 
 Size = Literal["teacher", "student", "tiny"] | tuple[int, ...]
+Routing = Literal["routed", "clean_target", "average"]
 
 
 class Purifier(nn.Module):
@@ -177,6 +179,35 @@ class _Pair(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.purifier(images))  # type: ignore[no-any-return]
+
+
+class Ensemble(nn.Module):
+    """Two teachers of a purifier, frozen as they are now, and who answers for what.
+
+    `routing` says what A is asked for S(images_adv): `routed` these images, `clean_target` the
+    clean ones; `average` takes (A + N) / 2. N answers for S(images). One alone takes both parts.
+    """
+
+    def __init__(self, adversarial: nn.Module, normal: nn.Module, routing: Routing) -> None:
+        super().__init__()
+        self.adversarial, self.normal = (
+            Frozen(copy.deepcopy(teacher)) for teacher in (adversarial, normal)
+        )
+        self.routing = routing
+
+    @torch.no_grad()
+    def forward(self, images_adv: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Target images for S(images_adv) and for S(images)."""
+        if self.routing == "average":
+            both = [(self.adversarial(x) + self.normal(x)) / 2 for x in (images_adv, images)]
+            return both[0], both[1]
+        asked = images_adv if self.routing == "routed" else images
+        return self.adversarial(asked), self.normal(images)
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """(N,) mean over channels and pixels: the same weight for every image size."""
+    return (a - b).square().flatten(1).mean(1)
 
 
 def facts(purified: Purified) -> dict[str, Any]:

@@ -1,18 +1,43 @@
-"""Reports: numbers in, JSON and Markdown out. Everything else is rebuilt from the JSON."""
+"""Reports: numbers in; JSON, Markdown and one HTML page out. `schema` says what the JSON holds, and
+everything else is rebuilt from it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
-from robustify.data import DataSet
+from robustify.charts import Point, Series, curve
 from robustify.errors import RunFolderError
-from robustify.evaluate import Report
 from robustify.files import atomic_write
+from robustify.rendering import count, interval, percent, plain, render, rows_of
+from robustify.schema import validate
+
+if TYPE_CHECKING:  # to rebuild a report takes neither data nor networks
+    from robustify.data import DataSet
+    from robustify.evaluation import Report
+
+__all__ = [
+    "complete", "html", "interval", "markdown", "percent", "read", "rebuild", "samples", "validate",
+    "write_report",
+]  # fmt: skip
+
+WORDS = {
+    "reliable": "no check found a reason to doubt this number",
+    "suspect": "robustness estimate unreliable: upper bound only",
+    "not applicable": "the checks could not be made; do not quote this number",
+}
+SIGNS = {"reliable": "✓", "suspect": "▲", "not applicable": "–"}
+OUTCOMES = {True: "▲ raised", False: "· silent", None: "– not run"}
+FEW = 20  # classes shown one by one; of more, the weakest and the strongest
+ENDS = 8
+OPTIONAL = (
+    "training", "defenses", "side_by_side", "tiers", "flags", "curve", "classes", "gallery",
+    "before", "distances", "reference", "passes", "selection", "notices", "seconds", "cost",
+    "versions", "command",
+)  # fmt: skip
+OF_ATTACK = ("alone", "newly_broken", "queries", "passes")
 
 
 def complete(
@@ -21,14 +46,14 @@ def complete(
     model: Mapping[str, Any],
     data: DataSet,
     training: Mapping[str, Any] | None = None,
-    notices: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of report.json: the evaluation, and what it was an evaluation of. `notices` are
-    sentences that whoever reads the number has to know."""
+    """The content of report.json: the evaluation, what it was an evaluation of, and whatever
+    `more` of the schema's optional keys the caller knows."""
     about_data = {"name": data.name, "split": "test", "fingerprint": data.fingerprint,
                   "class_names": list(data.class_names)}  # fmt: skip
-    subject = {"model": dict(model), "data": about_data, "training": training}
-    return {**report.to_dict(), **subject, "notices": list(notices)}
+    return {**report.to_dict(), "model": dict(model), "data": about_data, "training": training,
+            **(more or {})}  # fmt: skip
 
 
 def write_report(
@@ -38,71 +63,198 @@ def write_report(
     model: Mapping[str, Any],
     data: DataSet,
     training: Mapping[str, Any] | None = None,
-    notices: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Leave report.json, report.md and samples.jsonl in `folder`."""
-    content = complete(report, model=model, data=data, training=training, notices=notices)
+    """Leave report.json, report.md, report.html and samples.jsonl in `folder`.
+
+    The numbers are written first. Raises `RunFolderError` if they make no valid report.
+    """
+    content = complete(report, model=model, data=data, training=training, more=more)
     atomic_write(folder / "report.json", json.dumps(content, indent=2) + "\n")
-    atomic_write(folder / "report.md", markdown(content))
     atomic_write(folder / "samples.jsonl", samples(report))
+    rebuild(folder)
+
+
+def rebuild(folder: Path) -> list[Path]:
+    """Write report.md and report.html anew from report.json; returns both paths.
+
+    Raises `RunFolderError` where report.json is missing, damaged or no valid report.
+    """
+    content = read(folder)
+    written = {folder / "report.md": markdown(content), folder / "report.html": html(content)}
+    for path, text in written.items():
+        atomic_write(path, text)
+    return list(written)
 
 
 def samples(report: Report) -> str:
-    """One JSON line per image: label, clean prediction, and whether it is right after each attack."""
+    """One JSON line per image: its label, and whether it is right after each attack."""
     lines = []
     for index in range(report.n):
         verdicts = {name: bool(right[index]) for name, right in report.samples.items()}
-        row = {"image": index, "label": int(report.labels[index]),
-               "prediction": int(report.predictions[index]), "right_after": verdicts}  # fmt: skip
+        row = {"image": index, "label": int(report.labels[index]), "right_after": verdicts}
         lines.append(json.dumps(row))
     return "\n".join(lines) + "\n"
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The content of a folder's report.json; raises `RunFolderError` where there is none."""
+    """The content of a folder's report.json; raises `RunFolderError` where none is valid."""
     try:
         content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunFolderError(
             f"expected {folder} to hold a readable report.json: {error}; run robustify evaluate"
         ) from None
-    if not isinstance(content, dict) or "robust_accuracy" not in content:
-        raise RunFolderError(f"expected {folder}/report.json to be a report of robustify")
-    return content
+    try:
+        validate(content)
+    except RunFolderError as error:
+        raise RunFolderError(f"{folder}: {error}") from None
+    return dict(content)
 
 
 def markdown(content: Mapping[str, Any]) -> str:
     """The report as Markdown, from the content of report.json."""
-    threat, verdict, model = content["threat_model"], content["verdict"], content["model"]
-    setting = f"{threat['norm']}, eps {threat['eps_text']}, n = {content['n']}, seed {content['seed']}"
-    rows = [["none (clean)", percent(content["clean_accuracy"]), interval(content["clean_interval"]), ""]]
-    rows += [
-        [attack["name"], percent(attack["robust_accuracy"]), interval(attack["interval"]),
-         ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                   for key, value in attack["settings"].items())]
-        for attack in content["attacks"]
-    ]  # fmt: skip
-    table = tabulate(
-        rows, headers=["attack", "accuracy", "95 % interval", "settings"], tablefmt="github"
-    )
-    reasons = "".join(f"\n- {reason}" for reason in verdict["reasons"])
-    notices = "".join(f"\n> {notice}\n" for notice in content.get("notices", ()))
-    return f"""# Robustness of {model["architecture"]} on {content["data"]["name"]}
-
-**Robust accuracy {percent(content["robust_accuracy"])}** ({interval(content["interval"])}) under suite `{content["suite"]}`: {setting}.
-An empirical upper bound, not a certificate. Clean accuracy {percent(content["clean_accuracy"])}.
-{notices}
-Verdict: **{verdict["status"]}**{reasons}
-
-{table}
-"""
+    return render("report.md.jinja", **view(content))
 
 
-def percent(fraction: float) -> str:
-    """`0.523` as `52.3 %`."""
-    return f"{100 * fraction:.1f} %"
+def html(content: Mapping[str, Any]) -> str:
+    """The report as one page that loads nothing, from the content of report.json."""
+    return render("report.html.jinja", **view(content), chart=_curve(content))
 
 
-def interval(bounds: tuple[float, float]) -> str:
-    """`(0.49, 0.55)` as `49.0 to 55.0 %`."""
-    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
+def subject(content: Mapping[str, Any]) -> str:
+    """What this is a report of."""
+    return f"Robustness of {content['model']['architecture']} on {content['data']['name']}"
+
+
+def doubt(content: Mapping[str, Any]) -> str:
+    """What every title says beside the subject, unless the verdict is reliable."""
+    status = content["verdict"]["status"]
+    return "" if status == "reliable" else f"{status}: {WORDS[status]}"
+
+
+def setting(content: Mapping[str, Any]) -> str:
+    """What every accuracy of this report carries: norm, eps, suite, n, seed."""
+    threat = content["threat_model"]
+    return (f"{threat['norm']}, eps {threat['eps_text']}, suite {content['suite']}, "
+            f"n = {content['n']:,}, seed {content['seed']}")  # fmt: skip
+
+
+def view(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What both templates show: the content with absent keys as None, and text made from it."""
+    filled = dict.fromkeys(OPTIONAL) | dict(content)
+    status = content["verdict"]["status"]
+    return {
+        **filled,
+        "attacks": _attacks(content),
+        "subject": subject(content),
+        "doubt": doubt(content),
+        "setting": setting(content),
+        "words": WORDS[status],
+        "sign": SIGNS[status],
+        "fates": _fates(content),
+        "shown_classes": _shown_classes(filled["classes"] or []),
+        "outcomes": OUTCOMES,
+        "facts": _facts(filled),
+        "comparison_rows": {
+            "Naive against adaptive attack": filled["side_by_side"],
+            "What the attacker knows": filled["tiers"],
+        },
+    }
+
+
+def _attacks(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The attacks, each with the accuracy it started from."""
+    rows, before = [], content["clean_accuracy"]
+    for attack in content["attacks"]:
+        rows.append({**dict.fromkeys(OF_ATTACK), **attack, "before": before})
+        before = attack["robust_accuracy"]
+    return rows
+
+
+def _fates(content: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """What became of the n images: (kind of bar, words, images)."""
+    n = content["n"]
+    robust, clean = (round(content[key] * n) for key in ("robust_accuracy", "clean_accuracy"))
+    return [("right", "still right after every attack", robust),
+            ("hatched", "broken by an attack", clean - robust),
+            ("track", "wrong before any attack", n - clean)]  # fmt: skip
+
+
+def _shown_classes(classes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any] | str]:
+    """Weakest class first; of many classes both ends, with a sentence for those between."""
+    ordered = sorted(classes, key=lambda row: (row["robust_accuracy"], row["clean_accuracy"]))
+    if len(ordered) <= FEW:
+        return list(ordered)
+    between = ordered[ENDS:-ENDS]
+    first, last = between[0]["robust_accuracy"], between[-1]["robust_accuracy"]
+    return [
+        *ordered[:ENDS],
+        f"{len(between):,} classes between, robust accuracy {percent(first)} to {percent(last)}",
+        *ordered[-ENDS:],
+    ]
+
+
+def _curve(content: Mapping[str, Any]) -> str:
+    line = series(content, "robust accuracy")
+    if line is None:
+        return ""
+    threat, names = content["threat_model"], content["data"]["class_names"]
+    classes = content.get("classes")
+    chance = max(row["n"] for row in classes) / content["n"] if classes else None
+    if chance is None and names:
+        chance = 1 / len(names)
+    return curve([line], marked=(threat["eps"], threat["eps_text"]), chance=chance,
+                 title=f"Robust accuracy against eps, {threat['norm']}")  # fmt: skip
+
+
+def series(content: Mapping[str, Any], name: str, mark: str = "") -> Series | None:
+    """A report's accuracy over eps as a line that starts at the clean accuracy, if it has one."""
+    points = [
+        Point(row["eps"], str(row["eps_text"]), row["robust_accuracy"], *row["interval"])
+        for row in content.get("curve") or ()
+    ]
+    if points and all(point.eps > 0 for point in points):
+        points.insert(0, Point(0.0, "0", content["clean_accuracy"], *content["clean_interval"]))
+    return Series(name, points, mark) if points else None
+
+
+def _facts(content: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Everything needed to judge and to repeat the numbers, by heading; empty ones left out."""
+    threat, model, data = content["threat_model"], content["model"], content["data"]
+    images = "in [0, 1]; the model normalises itself"
+    if size := model.get("image_size"):
+        images = f"{plain(size)} pixels wide after resizing, {images}"
+    names = data["class_names"]
+    cost = {**(content["cost"] or {}), "evaluation_seconds": content["seconds"]}
+    if content["passes"]:
+        cost["passes_per_image"] = " + ".join(
+            f"{count(content['passes'][kind])} {kind}" for kind in ("forward", "backward")
+        )
+    groups = {
+        "Threat model": [
+            ("norm", threat["norm"]), ("eps", _both(threat["eps_text"], threat["eps"])),
+            ("goal", "untargeted: any wrong class"), ("images", images),
+            *rows_of({k: v for k, v in threat.items() if k not in ("norm", "eps", "eps_text")}),
+        ],
+        "Model": [*rows_of({k: v for k, v in model.items() if k != "class_names"}),
+                  *rows_of({"defenses": content["defenses"]})],
+        "Data": [*rows_of({k: v for k, v in data.items() if k != "class_names"}),
+                 ("images evaluated", f"{content['n']:,}"), ("classes", f"{len(names or ()):,}")],
+        "Training": list(rows_of(content["training"] or {})),
+        "Selection of the checkpoint": list(rows_of(_named(content["selection"], "how"))),
+        "Smallest perturbations": list(rows_of(content["distances"] or {})),
+        "Reference": list(rows_of(_named(content["reference"], "row"))),
+        "Cost": list(rows_of(cost)),
+        "Versions": list(rows_of(content["versions"] or {})),
+    }  # fmt: skip
+    return {heading: rows for heading, rows in groups.items() if rows}
+
+
+def _both(text: str, number: float) -> str:
+    return text if text == plain(number) else f"{text} = {plain(number)}"
+
+
+def _named(value: Any, name: str) -> dict[str, Any]:
+    """A mapping as it is, anything else under `name`."""
+    return dict(value) if isinstance(value, Mapping) else {name: value}

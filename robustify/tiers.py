@@ -29,7 +29,7 @@ from torch.nn.functional import avg_pool2d
 from robustify.attacks.passes import Passes
 from robustify.attacks.pgd import pgd
 from robustify.data import DataSet, to_float
-from robustify.evaluate import Report, Row, wilson
+from robustify.evaluation import Report, Row, wilson
 from robustify.fold import constant
 from robustify.losses import cross_entropy, margin
 from robustify.noise import Noise

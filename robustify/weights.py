@@ -216,11 +216,12 @@ def read_folder(folder: Path, origin: str | None = None) -> Saved:
             f"expected {config_file} and the weights beside it to agree, got architecture "
             f"{architecture!r} and {model.get('architecture')!r}"
         )
-    cfg = registry_cfg(architecture) | _recorded_cfg(config, str(config_file))
-    return Saved(origin, architecture, weights, cfg, _plain_args(config, str(config_file)), about)
+    args = _plain_args(config, str(config_file))
+    cfg = registry_cfg(architecture) | _recorded_cfg(config, args, str(config_file))
+    return Saved(origin, architecture, weights, cfg, args, about)
 
 
-def _recorded_cfg(config: dict[str, Any], origin: str) -> dict[str, Any]:
+def _recorded_cfg(config: dict[str, Any], args: dict[str, Any], origin: str) -> dict[str, Any]:
     """timm's `pretrained_cfg`, in its present and in its older one-level form."""
     recorded = config.get("pretrained_cfg", config)
     if not isinstance(recorded, dict):
@@ -239,11 +240,11 @@ def _recorded_cfg(config: dict[str, Any], origin: str) -> dict[str, Any]:
     )
     try:
         channels, *size = map(int, cfg.get("input_size", (3, 224, 224)))
-        channels = int((config.get("model_args") or {}).get("in_chans", channels))
+        channels = int(args.get("in_chans", channels))
         cfg |= {key: tuple(map(float, cfg[key])) for key in ("mean", "std") if key in cfg}
         cfg["input_size"] = (channels, *size)
         cfg["num_classes"] = int(cfg.get("num_classes", 1000))
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError):
         raise ModelError(f"expected numbers for input_size, mean and std in {origin}") from None
     return cfg
 

@@ -13,7 +13,7 @@ LEVELS = [
     {"models"},
     {"objective"},
     {"recipes"},
-    {"config", "evaluate"},
+    {"config", "evaluation"},
     {"train"},
     {"report"},
     {"harden"},

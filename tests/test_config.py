@@ -57,7 +57,7 @@ def test_eps_in_a_setting_is_the_threat_models():
 
 
 def test_a_preset_named_like_the_data_applies_by_itself():
-    assert resolve(data_name="digits")["training"]["epochs"] == 15
+    assert resolve(data_name="digits")["training"]["epochs"] == 12
     assert resolve(data_name="digits", preset="paper")["training"]["epochs"] == 76
 
 

@@ -36,7 +36,7 @@ def test_digits_are_what_they_have_always_been():
     assert train.labels.dtype == torch.int64
     assert digits.class_names == tuple("0123456789")
     assert (digits.in_chans, digits.image_size, digits.num_classes) == (1, 8, 10)
-    assert (digits.name, digits.source, digits.policy) == ("digits", "digits", "crop")
+    assert (digits.name, digits.source, digits.policy) == ("digits", "digits", "none")
     assert digits.threat == ThreatModel("Linf", data.DIGITS_EPS)
     golden = hashlib.sha256()
     for split in (train, test):

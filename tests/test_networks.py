@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+
 from robustify import networks
 
 OURS = [
@@ -91,5 +92,8 @@ def test_published_wide_resnet_names_load():
         "block3.layer.4.conv2.weight", "bn1.running_mean", "fc.bias",
     ):  # fmt: skip
         assert key in keys
-    old = {"module.conv1.weight": torch.ones(1), "module.sub_block1.layer.0.bn1.bias": torch.ones(1)}
+    old = {
+        "module.conv1.weight": torch.ones(1),
+        "module.sub_block1.layer.0.bn1.bias": torch.ones(1),
+    }
     assert networks.published_names(old).keys() == {"conv1.weight"}
