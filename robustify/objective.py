@@ -99,7 +99,7 @@ def check_teachers(student: Classifier, teachers: Sequence[Classifier], *, roles
 
 
 def is_from_scratch(classifier: Classifier) -> bool:
-    """Whether `classifier` was named by its architecture alone: what it knows, this run taught it."""
+    """Whether `classifier` was named by its architecture alone: all it knows, this run taught."""
     return not classifier.about.keys() - {"data"}
 
 
