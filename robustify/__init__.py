@@ -2,6 +2,7 @@
 
     robustify.distill(recipe, student, …) -> run folder      robustify.load(name) -> Classifier
     robustify.evaluate(model, images, labels, …) -> Report    robustify.attack(model, images, …)
+    robustify.attach(purifier, classifier, out) -> folder
 
 Names are imported when they are first used: `import robustify` costs nothing.
 """
@@ -12,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from robustify.attachment import attach
     from robustify.attacks.craft import attack
     from robustify.classifier import Classifier
     from robustify.evaluation import Report, evaluate
@@ -21,12 +23,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Classifier", "Report", "ThreatModel", "attack", "distill", "evaluate", "load"]
+__all__ = ["Classifier", "Report", "ThreatModel", "attach", "attack", "distill", "evaluate", "load"]
 
 _HOMES = {
     "Classifier": "classifier",
     "Report": "evaluation",
     "ThreatModel": "threat",
+    "attach": "attachment",
     "attack": "attacks.craft",
     "distill": "harden",
     "evaluate": "evaluation",

@@ -117,7 +117,9 @@ def examine(
     }
     if isinstance(classifier, Purified):
         about["model"] |= facts(classifier)
-        reports[0], about["more"] = extend(reports[0], classifier, loaded, batch_size=batch_size)
+        reports[0], about["more"] = extend(
+            reports[0], classifier, loaded, more=about["more"], batch_size=batch_size
+        )
     content = complete(reports[0], **about)
     if len(reports) > 1:
         content["curve"] = [curve_point(report) for report in reports]

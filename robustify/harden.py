@@ -273,8 +273,7 @@ def _leave(
     described: dict[str, Any] = models.describe(student)
     if isinstance(student, Purified):
         described |= facts(student)
-        report, tiers = extend(report, student, job.dataset)
-        more |= tiers
+        report, more = extend(report, student, job.dataset, more=more)
         folder.update(**facts(student))
     write_report(folder.path, report, model=described, data=job.dataset, training=training,
                  more=more)  # fmt: skip

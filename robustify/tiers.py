@@ -189,11 +189,13 @@ def extend(
     purified: Purified,
     dataset: DataSet,
     *,
+    more: Mapping[str, Any] | None = None,
     batch_size: int = 250,
     surrogate: nn.Module | None = None,
 ) -> tuple[Report, dict[str, Any]]:
-    """`report` on the full system with the other tiers in its worst case, and the optional keys of
-    the report: tiers, classifier alone, what the purifier costs, what a reader has to know."""
+    """`report` on the full system with the other tiers in its worst case, and `more`, the report's
+    optional keys, with: tiers, classifier alone, what the purifier costs, what a reader has to
+    know."""
     device = next(purified.parameters()).device
     images, labels, _ = dataset.test.take(report.n).__getitems__(range(report.n))
     images, labels = to_float(images).to(device), labels.to(device)
@@ -204,14 +206,15 @@ def extend(
         report = _with(report, tier)
     alone = _clean_accuracy(purified.classifier, images, labels, batch_size)
     missing = {"G0", "G1", "G2", "W", "Q"} - {tier.tier for tier in tiers}
-    more = {
+    more = more or {}
+    return report, {
+        **more,
         "defenses": ["purifier"],
         "tiers": [tier.row() for tier in tiers],
         "before": {"name": purified.classifier.architecture, "clean_accuracy": alone},
-        "cost": cost(purified, images[:batch_size]),
-        "notices": notices(purified, missing),
+        "cost": {**more.get("cost", {}), **cost(purified, images[:batch_size])},
+        "notices": [*more.get("notices", ()), *notices(purified, missing)],
     }
-    return report, more
 
 
 def _with(report: Report, tier: Tier) -> Report:
@@ -233,7 +236,7 @@ def _with(report: Report, tier: Tier) -> Report:
 
 def notices(purified: Purified, missing: set[str]) -> list[str]:
     """Sentences that whoever reads the numbers of a purified model has to know."""
-    said = list(purified.about.get("record", {}).get("notices", ()))
+    said = []
     transferred = purified.about.get("transferred")
     if transferred:
         trained: Mapping[str, Any] = transferred["trained_before"]

@@ -77,7 +77,9 @@ def attach(
         models.save(pair, folder.path, {"data": loaded.source})
         report = assess(pair, loaded, threat, suite=suite, limit=limit, seed=seed,
                         batch_size=batch_size)  # fmt: skip
-        report, more = extend(report, pair, loaded, surrogate=_original(saved, pair))
+        recorded = {"notices": pair.about.get("record", {}).get("notices", ())}
+        report, more = extend(report, pair, loaded, more=recorded, batch_size=batch_size,
+                              surrogate=_original(saved, pair))  # fmt: skip
         write_report(folder.path, report, model=described(pair), data=loaded, more=more)
         folder.update(status="finished", transferred=pair.about["transferred"], **facts(pair))
     return folder.path
