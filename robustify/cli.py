@@ -203,7 +203,7 @@ def attach(purifier: str, classifier: str, out: Path, as_json: bool, **options: 
     robustify attach purifier.safetensors hf-hub:user/repo --data ./photos --out purified
     """
     from robustify import report
-    from robustify.attach import attach as join
+    from robustify.attachment import attach as join
 
     folder = join(purifier, classifier, out, dataset=options.pop("data"), **options)
     content = report.read(folder)
