@@ -20,9 +20,8 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save as serialize
 from timm.models import get_model_input_config
-from torch import Tensor, nn
+from torch import nn
 
 from robustify.classifier import Classifier, describe, hub_config, match_labels
 from robustify.errors import HubError, ModelError, UsageError, suggest
@@ -49,6 +48,7 @@ from robustify.weights import (
     read_file,
     read_folder,
     registry_cfg,
+    write_safetensors,
 )
 
 __all__ = [
@@ -226,32 +226,9 @@ def save_weights(
 
     Raises `ModelError` for weights that are not finite, `RunFolderError` as `save`.
     """
-    state = {name: _plain(name, tensor) for name, tensor in classifier.module.state_dict().items()}
     recorded = {"model": describe(classifier), "about": {**classifier.about, **(about or {})}}
     header = {"format": "pt", HEADER_KEY: json.dumps(recorded, sort_keys=True, ensure_ascii=False)}
-    atomic_write(path, _same_bytes(serialize(state, header)))
-
-
-def _same_bytes(content: bytes) -> bytes:
-    """A safetensors file with its header in one order: safetensors writes metadata in a random one.
-
-    A header is 8 bytes of length, then JSON filled up with spaces to a multiple of 8.
-    """
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
-
-
-def _plain(name: str, tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, float32, sharing memory with nothing."""
-    if not tensor.is_floating_point():
-        return tensor.detach().cpu().contiguous().clone()
-    if not torch.isfinite(tensor).all():
-        raise ModelError(f"expected finite weights to save, but {name!r} holds NaN or infinity")
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    write_safetensors(Path(path), classifier.module.state_dict(), header)
 
 
 def _find(name: str) -> Saved | str:

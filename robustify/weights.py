@@ -18,10 +18,12 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
 from timm.models import PretrainedCfg, resolve_pretrained_cfg, split_model_name_tag
 from torch import Tensor
 
 from robustify.errors import HubError, ModelError, suggest
+from robustify.files import atomic_write
 from robustify.networks import CIFAR_NETWORKS, published_names
 
 HEADER_KEY = "robustify"
@@ -96,6 +98,35 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                     "use an earlier checkpoint"
                 )
     return weights, header
+
+
+def write_safetensors(path: Path, state: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write a state dict, floating tensors as float32, whole or not at all; the same state gives
+    the same bytes. Raises `ModelError` for weights that are not finite, and `RunFolderError`."""
+    plain = {name: _plain(name, tensor) for name, tensor in state.items()}
+    atomic_write(path, _same_bytes(serialize(plain, dict(header))))
+
+
+def _same_bytes(content: bytes) -> bytes:
+    """A safetensors file with its header in one order: safetensors writes metadata in a random one.
+
+    A header is 8 bytes of length, then JSON filled up with spaces to a multiple of 8.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, float32, sharing memory with nothing."""
+    if not tensor.is_floating_point():
+        return tensor.detach().cpu().contiguous().clone()
+    if not torch.isfinite(tensor).all():
+        raise ModelError(f"expected finite weights to save, but {name!r} holds NaN or infinity")
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _refuse_pickle(path: Path) -> None:
