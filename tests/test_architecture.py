@@ -7,16 +7,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "robustify"
 LEVELS = [
     {"errors"},
-    {"noise", "losses", "files"},
+    {"noise", "losses", "files", "frozen"},
     {"threat", "checkpoint"},
     {"networks", "fold", "run_folder", "data", "attacks"},
+    {"crafting", "purifier"},
     {"models"},
     {"objective"},
     {"recipes"},
     {"config", "evaluation"},
     {"train"},
-    {"report"},
-    {"harden"},
+    {"report", "tiers"},
+    {"examine"},
+    {"harden", "attachment"},
     {"cli"},
     {"__main__"},
 ]
