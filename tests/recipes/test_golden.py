@@ -1,13 +1,13 @@
 """Three steps of every published method, pinned: what no formula says, such as the order of random
 draws or the BatchNorm statistics that an attack finds, must not change unseen.
 
-After an intended change `python tests/recipes/test_golden.py` prints the new curves; the commit that
-pins them says why they moved.
+After an intended change `python tests/recipes/test_golden.py` prints the new curves; the commit
+that pins them says why they moved.
 """
 
 import pytest
-import toys
 import torch
+import toys
 
 METHODS = {
     "standard": ("standard", {}),

@@ -46,10 +46,27 @@ class ToyNet(nn.Module):
     def get_classifier(self):
         return self.head
 
-    def forward(self, images):
+    def forward_features(self, images):
         maps = self.norm1(self.conv1(self.norm(images))).relu()
-        maps = self.norm2(self.conv2(maps)).relu()
+        return self.norm2(self.conv2(maps)).relu()
+
+    def forward_head(self, maps):
         return self.head(maps.mean((2, 3)))
+
+    def forward(self, images):
+        return self.forward_head(self.forward_features(images))
+
+
+class Wide(nn.Sequential):
+    """Enough of a network to learn 256 digits robustly."""
+
+    def __init__(self, num_classes=10, in_chans=1):
+        layers = []
+        for width_in, width, stride in ((in_chans, 16, 1), (16, 32, 2), (32, 32, 1)):
+            conv = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(512, num_classes))
+        self.num_classes, self.in_chans = num_classes, in_chans
 
 
 class Linear(nn.Module):
@@ -70,7 +87,8 @@ class Scripted(nn.Module):
     def __init__(self, *script):
         super().__init__()
         self.num_classes, self.in_chans = len(script[0]), 1
-        self.script = nn.ParameterList(nn.Parameter(torch.as_tensor(z).double()) for z in script)
+        logits = (torch.as_tensor(z, dtype=torch.float64) for z in script)
+        self.script = nn.ParameterList(map(nn.Parameter, logits))
         self.turn = 0
 
     def forward(self, images):
@@ -299,8 +317,8 @@ def digits(count=256):
 
 
 def overfit(recipe, student=None, teachers=None, *, epochs, lr, batch_size=64, **settings):
-    """A recipe's last stage, trained on 256 digits at eps 0.1 with PGD-10; and these digits."""
-    objective = build(recipe, student or toy(), teachers, steps=10, **settings)
+    """A recipe's last stage, trained on 256 digits with PGD-10; and these digits."""
+    objective = build(recipe, student, teachers, steps=10, **settings)
     images, labels, noise = digits()
     optimizer = torch.optim.SGD(parameters(objective), lr=lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
@@ -327,8 +345,8 @@ def accuracy(network, images, labels):
         return (network.eval()(images).argmax(1) == labels).float().mean().item()
 
 
-def robust_accuracy(network, images, labels, steps=10):
-    """Under PGD-10 on cross-entropy, at the eps of training."""
+def robust_accuracy(network, images, labels, threat=THREAT):
+    """Under PGD-10 on cross-entropy."""
     noise = Noise.for_batch(7, images)
-    survives = survives_pgd(network.eval(), images, labels, THREAT, steps=steps, noise=noise)
+    survives = survives_pgd(network.eval(), images, labels, threat, steps=10, noise=noise)
     return survives.float().mean().item()
