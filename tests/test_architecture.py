@@ -7,12 +7,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "robustify"
 LEVELS = [
     {"errors"},
-    {"noise", "losses", "files", "frozen"},
-    {"threat", "checkpoint"},
+    {"noise", "losses", "files", "frozen", "balance"},
+    {"threat", "checkpoint", "fusion", "sensitivity"},
     {"networks", "fold", "run_folder", "data", "attacks"},
     {"crafting", "purifier"},
     {"models"},
+    {"capacity", "features"},
     {"objective"},
+    {"links"},
     {"recipes"},
     {"config", "evaluation"},
     {"train"},
