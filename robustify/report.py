@@ -88,11 +88,12 @@ def rebuild(folder: Path) -> list[Path]:
 
 
 def samples(report: Report) -> str:
-    """One JSON line per image: its label, and whether it is right after each attack."""
+    """A JSON line per image: label, clean prediction, and whether it is right after each attack."""
     lines = []
     for index in range(report.n):
         verdicts = {name: bool(right[index]) for name, right in report.samples.items()}
-        row = {"image": index, "label": int(report.labels[index]), "right_after": verdicts}
+        row = {"image": index, "label": int(report.labels[index]),
+               "prediction": int(report.predictions[index]), "right_after": verdicts}  # fmt: skip
         lines.append(json.dumps(row))
     return "\n".join(lines) + "\n"
 
