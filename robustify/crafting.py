@@ -1,4 +1,4 @@
-"""Crafting: adversarial images against a classifier alone, and threat models that grow."""
+"""Crafting: adversarial images against a classifier alone, and attacks that grow with training."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def scaled(
     """`threat` and the attack's step size at `factor` times eps."""
     smaller = ThreatModel(threat.norm, threat.eps * factor)
     return smaller, {**attack, "step_size": attack["step_size"] * factor}
+
+
+def grown(
+    threat: ThreatModel, attack: Mapping[str, Any], *, ramp: float, epoch: int, epochs: int
+) -> tuple[ThreatModel, dict[str, Any]]:
+    """`threat` and `attack` on the way to full eps, reached after `ramp` epochs; a ramp below 1 is
+    a share of all `epochs`."""
+    length = ramp * epochs if ramp < 1 else ramp
+    return scaled(threat, attack, min(1.0, (epoch + 1) / length) if length else 1.0)
 
 
 def against_classifier(

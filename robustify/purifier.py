@@ -195,8 +195,14 @@ class Ensemble(nn.Module):
         )
         self.routing = routing
 
+    @classmethod
+    def of(cls, taught: Mapping[str, Purified], routing: Routing) -> Ensemble | None:
+        """The teachers called `adversarial` and `normal`, as far as there are any."""
+        found = [taught[role].purifier for role in ("adversarial", "normal") if role in taught]
+        return cls(found[0], found[-1], routing) if found else None
+
     @torch.no_grad()
-    def forward(self, images_adv: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    def targets(self, images_adv: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Target images for S(images_adv) and for S(images)."""
         if self.routing == "average":
             both = [(self.adversarial(x) + self.normal(x)) / 2 for x in (images_adv, images)]

@@ -149,10 +149,12 @@ def test_averaged_target_hands_half_of_the_perturbation_back():
         def forward(self, seen):
             return images
 
-    target_adv, target = Ensemble(Oracle(), nn.Identity(), "average")(images + delta, images)
+    target_adv, target = Ensemble(Oracle(), nn.Identity(), "average").targets(
+        images + delta, images
+    )
     assert torch.allclose(target_adv - images, delta / 2, atol=1e-6)
     assert torch.allclose(target, images)
-    routed, clean = Ensemble(Oracle(), nn.Identity(), "routed")(images + delta, images)
+    routed, clean = Ensemble(Oracle(), nn.Identity(), "routed").targets(images + delta, images)
     assert torch.equal(routed, images)
     assert torch.equal(clean, images)
 
@@ -164,7 +166,7 @@ def test_routing_decides_what_the_adversarial_teacher_is_asked():
 
     adv, clean = torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), 5.0)
     for routing, expected in (("routed", 1.0), ("clean_target", 6.0), ("average", 0.5)):
-        target, _ = Ensemble(Offset(), nn.Identity(), routing)(adv, clean)
+        target, _ = Ensemble(Offset(), nn.Identity(), routing).targets(adv, clean)
         assert target.unique().item() == expected
 
 

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from robustify.attacks.pgd import pgd
-from robustify.crafting import against_classifier, scaled
+from robustify.crafting import against_classifier, grown
 from robustify.fold import constant
 from robustify.losses import cross_entropy, kl, soft_cross_entropy
 from robustify.models import Classifier
@@ -50,12 +50,11 @@ from robustify.purifier import Ensemble, Purified, Purifier, Routing, Size, mse
 from robustify.recipes.standard import Standard
 from robustify.threat import ThreatModel
 
-ROBUST, CLEAN = 5 / 6, 1 / 6  # RSLAD's split
 _ORDINARY = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "averaging": "none",
              "clip_grad": None, "select": "clean"}  # fmt: skip
 _NOTICES = {
-    "adaptive": "Distillation-based purification (our adaptive variant): purifier and classifier "
-    "were trained end to end as one system; the robustness belongs to this pair.",
+    "adaptive": "Distillation-based purification (our adaptive variant), trained through the "
+    "classifier it stands before: the robustness belongs to this pair.",
     "paper_like": "Distillation-based purification (our reading): trained on attacks against the "
     "classifier alone; grey-box accuracy says nothing about who knows the purifier.",
 }
@@ -103,18 +102,13 @@ def stages(
         yield Static(student=taught["adversarial"], name="adversarial teacher", crafting=crafting,
                      ensemble=None, clean_weight=float(taught_by == "mix"),
                      training_changes=early)  # fmt: skip
-
-    def ensemble(default: Routing) -> Ensemble | None:
-        ordered = [taught[role].purifier for role in ("adversarial", "normal") if role in taught]
-        return Ensemble(ordered[0], ordered[-1], routing or default) if ordered else None
-
     purified = Purified(Purifier(student.in_chans, size), student)
     record = {"mode": mode, "taught_by": taught_by, "notices": [_NOTICES[mode]]}
     yield Static(
         student=purified, name="student" if mode == "paper_like" else "static student",
-        crafting=crafting, ensemble=ensemble("routed"), adv_weight=data_weight,
-        clean_weight=data_weight, ensemble_weight=ensemble_weight, guidance_weight=guidance_weight,
-        training_changes=early, record=record,
+        crafting=crafting, ensemble=Ensemble.of(taught, routing or "routed"),
+        adv_weight=data_weight, clean_weight=data_weight, ensemble_weight=ensemble_weight,
+        guidance_weight=guidance_weight, training_changes=early, record=record,
     )  # fmt: skip
     if mode == "adaptive":
         common: dict[str, Any] = {"threat": threat, "attack": attack, "pixel_weight": pixel_weight,
@@ -122,7 +116,12 @@ def stages(
         if "adversarial" in taught:
             robust = taught["adversarial"]
             yield EndToEnd(student=robust, name="end-to-end teacher", ensemble=None, **common)
-        yield EndToEnd(student=purified, ensemble=ensemble("clean_target"), record=record, **common)
+        yield EndToEnd(
+            student=purified,
+            ensemble=Ensemble.of(taught, routing or "clean_target"),
+            record=record,
+            **common,
+        )
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -149,7 +148,7 @@ class Static(Objective):
             loss = loss + self.clean_weight * mse(purified, images)
         terms = {"data": loss.mean()}
         if self.ensemble is not None:
-            target_adv, target = self.ensemble(images_adv, images)
+            target_adv, target = self.ensemble.targets(images_adv, images)
             taught = mse(purified_adv, target_adv) + mse(purified, target)
             loss, terms["ensemble"] = loss + self.ensemble_weight * taught, taught.mean()
             if self.guidance_weight:
@@ -186,24 +185,21 @@ class EndToEnd(Objective):
             robust = soft_cross_entropy(soft, logits_adv)
             clean = 0.5 * soft_cross_entropy(soft, logits)
         else:
-            target_adv, target = self.ensemble(images_adv, images)
+            target_adv, target = self.ensemble.targets(images_adv, images)
             with torch.no_grad():
                 soft_adv, soft = f(target_adv), f(target)
-            robust, clean = ROBUST * kl(soft_adv, logits_adv), CLEAN * kl(soft, logits)
+            robust, clean = 5 / 6 * kl(soft_adv, logits_adv), 1 / 6 * kl(soft, logits)
         pixels = mse(purified_adv, target_adv) + mse(purified, target)
         return {
             "loss": (robust + clean + self.pixel_weight * pixels).mean(),
-            "robust": robust.mean(),
-            "clean": clean.mean(),
             "pixels": pixels.mean(),
             "robust accuracy": accuracy(logits_adv, labels),
         }
 
     def _attack(self, images: Tensor, labels: Tensor, noise: Noise) -> Tensor:
         """x*, at the eps that is due in this epoch."""
-        ramp = self.eps_ramp * self.epochs if self.eps_ramp < 1 else self.eps_ramp
-        factor = min(1.0, (self.epoch + 1) / ramp) if ramp else 1.0
-        threat, attack = scaled(self.threat, self.attack, factor)
+        threat, attack = grown(self.threat, self.attack, ramp=self.eps_ramp, epoch=self.epoch,
+                               epochs=self.epochs)  # fmt: skip
         with constant(self.student, images) as student:
             return pgd(
                 lambda x: cross_entropy(student(x), labels), images, threat, noise=noise, **attack
