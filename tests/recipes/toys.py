@@ -1,6 +1,5 @@
 """Small networks, and instruments that see what an Objective does with them."""
 
-import re
 from dataclasses import dataclass, field
 
 import torch
@@ -139,13 +138,15 @@ def batch(count=6, classes=10, seed=1, dtype=torch.float32):
     return images, (3 * torch.arange(count) + 1) % classes, Noise.for_batch(seed, images)
 
 
+def about(recipe):
+    """What a recipe's YAML says about it; one without a YAML fails elsewhere."""
+    known = (config.folders()[1] / f"{recipe}.yaml").is_file()
+    return config.find(recipe).about if known else {"teachers": "?"}
+
+
 def roles(recipe):
-    """Which teachers a recipe takes or trains, as its YAML says; a remark may follow. None where it
-    says nothing that is known."""
-    if not (config.folders()[1] / f"{recipe}.yaml").is_file():
-        return None
-    said = re.split(r" \(|;", config.find(recipe).about["teachers"])[0]
-    return ROLES.get(said)
+    """Which teachers a recipe takes or trains, by its YAML; a remark may follow in brackets."""
+    return ROLES.get(about(recipe)["teachers"].partition(" (")[0])
 
 
 def settings(recipe, preset=None):
@@ -208,7 +209,8 @@ class Recorder:
     def __init__(self, objective):
         self.passes = []
         for name, child in objective.named_children():
-            child.register_forward_hook(self._hook(name))
+            if isinstance(child, Classifier | Frozen):
+                child.register_forward_hook(self._hook(name))
 
     def _hook(self, name):
         def note(module, args, logits):
