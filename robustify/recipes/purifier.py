@@ -53,8 +53,8 @@ from robustify.threat import ThreatModel
 _ORDINARY = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "averaging": "none",
              "clip_grad": None, "select": "clean"}  # fmt: skip
 _NOTICES = {
-    "adaptive": "Distillation-based purification (our adaptive variant), trained through the "
-    "classifier it stands before: the robustness belongs to this pair.",
+    "adaptive": "Distillation-based purification (our adaptive variant), trained end to end with "
+    "one classifier: the robustness belongs to that pair.",
     "paper_like": "Distillation-based purification (our reading): trained on attacks against the "
     "classifier alone; grey-box accuracy says nothing about who knows the purifier.",
 }

@@ -22,6 +22,8 @@ from robustify.recipes.purifier import EndToEnd, Static, stages
 from robustify.train import Stage, Training, fit
 
 ATTACK = {"steps": 10, "step_size": toys.THREAT.eps / 4, "start": "uniform"}
+GOLDEN_STATIC = [0.2026533, 0.2007833, 0.1775522]
+GOLDEN_ADAPTIVE = [0.2639651, 0.2047479, 0.2075621]
 TINY = {"size": (8, 1), "teacher_size": (8, 1)}
 
 
@@ -415,6 +417,17 @@ def test_a_classifier_without_weights_is_trained_first_and_a_given_one_is_not():
 def test_a_teacher_given_by_name_is_refused():
     with pytest.raises(UsageError, match="teacher"):
         next(stages(toys.toy(), [toys.toy()], threat=toys.THREAT, attack=ATTACK))
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("paper_like", GOLDEN_STATIC), ("adaptive", GOLDEN_ADAPTIVE)],
+)
+def test_three_steps(mode, expected):
+    """What no formula says, such as the order of random draws, must not change unseen."""
+    assert torch.get_num_threads() == 1
+    batches = [toys.batch(seed=seed) for seed in range(3)]
+    assert toys.train(last(mode=mode), batches) == pytest.approx(expected, rel=1e-4)
 
 
 # In the loop.
