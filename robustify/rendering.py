@@ -76,10 +76,17 @@ def literal(value: Any) -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> Raw:
-    """A Markdown table whose cells show exactly their text."""
+    """A Markdown table whose cells show exactly their text, without its empty columns."""
     cells = [[literal(cell) for cell in row] for row in rows]
-    text = tabulate(cells, headers=list(headers), tablefmt="github", disable_numparse=True)
-    return Raw(text)
+    kept = [column for column in range(len(headers)) if any(row[column] for row in cells)]
+    return Raw(
+        tabulate(
+            [[row[column] for column in kept] for row in cells],
+            headers=[headers[column] for column in kept],
+            tablefmt="github",
+            disable_numparse=True,
+        )
+    )
 
 
 def fenced(text: str) -> Raw:

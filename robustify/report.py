@@ -30,6 +30,7 @@ WORDS = {
 }
 SIGNS = {"reliable": "✓", "suspect": "▲", "not applicable": "–"}
 OUTCOMES = {True: "▲ raised", False: "· silent", None: "– not run"}
+SPARED = "△ raised, not decisive"
 FEW = 20  # classes shown one by one; of more, the weakest and the strongest
 ENDS = 8
 OPTIONAL = (
@@ -129,9 +130,11 @@ def subject(content: Mapping[str, Any]) -> str:
 
 
 def doubt(content: Mapping[str, Any]) -> str:
-    """What every title says beside the subject, unless the verdict is reliable."""
-    status = content["verdict"]["status"]
-    return "" if status == "reliable" else f"{status}: {WORDS[status]}"
+    """The warning in every title: the verdict's own, and one for each verdict not reliable."""
+    status, said = content["verdict"]["status"], content["verdict"].get("title")
+    if status == "reliable":
+        return said or ""
+    return f"{status}: {said or WORDS[status]}"
 
 
 def setting(content: Mapping[str, Any]) -> str:
@@ -155,7 +158,8 @@ def view(content: Mapping[str, Any]) -> dict[str, Any]:
         "sign": SIGNS[status],
         "fates": _fates(content),
         "shown_classes": _shown_classes(filled["classes"] or []),
-        "outcomes": OUTCOMES,
+        "flags": [{**flag, "outcome": _outcome(flag)} for flag in filled["flags"] or ()],
+        "notes": content["verdict"].get("notes") or [],
         "facts": _facts(filled),
         "comparison_rows": {
             "Naive against adaptive attack": filled["side_by_side"],
@@ -171,6 +175,11 @@ def _attacks(content: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append({**dict.fromkeys(OF_ATTACK), **attack, "before": before})
         before = attack["robust_accuracy"]
     return rows
+
+
+def _outcome(flag: Mapping[str, Any]) -> str:
+    decides = flag.get("counts", True)
+    return OUTCOMES[flag["raised"]] if decides or not flag["raised"] else SPARED
 
 
 def _fates(content: Mapping[str, Any]) -> list[tuple[str, str, int]]:

@@ -6,7 +6,8 @@ Accuracies are fractions of all n images; intervals are 95 % Wilson, `[low, high
     threat_model      {norm, eps, eps_text}
     suite, seed, n
     clean_accuracy, clean_interval, robust_accuracy, interval
-    verdict           {status: "reliable" | "suspect" | "not applicable", reasons: [sentence]}
+    verdict           {status: "reliable" | "suspect" | "not applicable", reasons: [sentence]}, and
+                      notes [sentence] and title, a warning for the head, where there are any
     attacks           [{name, robust_accuracy, interval, settings: {…}}], cumulative worst case, in
                       the order they ran; and where known: alone (accuracy under this attack only,
                       null if it saw survivors only), newly_broken (images), queries (per image),
@@ -24,7 +25,8 @@ Optional keys, shown when present:
         a row         {tier, name, description, robust_accuracy, interval, headline: bool}; and n
                       if measured on fewer images. A tier G0, G1 or G2 demands a tier W.
     flags             [{name: "F1", title, raised: true | false | null, value, threshold,
-                      sentence}]; null is a check that was not run
+                      sentence}]; null is a check that was not run; `counts: false`
+                      one that was raised and does not decide the verdict
     curve             [{eps, eps_text, robust_accuracy, interval, attack}]
     classes           [{name, n, clean_accuracy, robust_accuracy}]
     gallery           [{index, label, prediction, prediction_adv, attack, factor, image, image_adv,

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,7 @@ def test_only_required_keys_are_enough():
     assert "an empirical upper bound, not a certificate" in page.text.lower()
     assert "Gallery" not in page.text
     assert "| pgd" in report.markdown(content)
+    assert "queries" not in report.markdown(content)
 
 
 def test_the_headings_stand_in_this_order():
@@ -236,6 +238,17 @@ def test_a_doubtful_verdict_is_in_every_title():
             assert word in re.search(f"<{part}>(.*?)</{part}>", text)[1].lower()
         assert word in report.markdown(full(status)).splitlines()[0]
     assert "suspect" not in report.html(full()).split("<body>")[1].lower()
+
+
+def test_a_verdict_may_bring_its_own_warning_and_notes():
+    content = full()
+    content["verdict"] |= {"title": "this model masks gradients", "notes": ["F9 was not run"]}
+    content["flags"][0] |= {"raised": True, "counts": False}
+    for text in (report.html(content), report.markdown(content)):
+        assert "this model masks gradients" in text
+        assert "F9 was not run" in text
+        assert "raised, not decisive" in text
+        assert "▲ raised" not in text
 
 
 def test_reasons_stand_directly_under_the_verdict():
@@ -364,6 +377,29 @@ def test_a_folder_is_rebuilt_from_its_json(tmp_path):
     assert first == [report.markdown(content), report.html(content)]
     assert [path.read_text() for path in report.rebuild(tmp_path)] == first
     assert report.read(tmp_path) == json.loads(json.dumps(content))
+
+
+def test_an_evaluation_leaves_its_report_and_every_verdict(tmp_path):
+    names = {"architecture": "mlp", "class_names": CLASSES}
+    found = SimpleNamespace(
+        n=3, to_dict=lambda: minimal(3, 2, 1),
+        labels=torch.tensor([4, 5, 6]), predictions=torch.tensor([4, 5, 1]),
+        samples={"clean": torch.tensor([1, 1, 0]).bool(), "pgd": torch.tensor([1, 0, 0]).bool()},
+    )  # fmt: skip
+    data = SimpleNamespace(name="birds", fingerprint="ab", class_names=CLASSES)
+    report.write_report(tmp_path, found, model=names, data=data, more={"notices": ["Read me."]})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.json", "report.md", "report.html", "samples.jsonl"
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert lines[1] == {"image": 1, "label": 5, "prediction": 5,
+                        "right_after": {"clean": True, "pgd": False}}  # fmt: skip
+    assert "Read me." in (tmp_path / "report.md").read_text()
+    with pytest.raises(RunFolderError, match="tier W"):
+        report.write_report(
+            tmp_path, found, model=names, data=data, more={"defenses": ["purifier"]}
+        )
+    assert json.loads((tmp_path / "report.json").read_text())["defenses"] == ["purifier"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"schema": 1}'])
