@@ -38,7 +38,7 @@ def gallery(
     before, after = (batch[shown].detach().float().cpu() for batch in (images, images_adv))
     delta = after - before
     largest = delta.abs().max().item() if len(shown) else 0.0
-    factor = max(1, math.floor(0.5 / largest + 1e-6)) if largest > 0 else 1
+    factor = max(1, math.floor(0.5 / largest + 1e-3)) if largest > 0 else 1
     entries = []
     for row, position in enumerate(shown):
         entries.append({

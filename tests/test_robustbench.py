@@ -1,7 +1,7 @@
 """The export to RobustBench: its fields, and what is refused."""
 
 import pytest
-from test_report import minimal
+from reports import minimal
 
 from robustify.errors import UsageError
 from robustify.robustbench import model_info
