@@ -333,14 +333,15 @@ def test_one_image_and_no_attack_steps():
 @pytest.fixture(scope="module")
 def overfitted():
     """Student and peer, trained on 256 digits."""
-    return toys.overfit("peeraid", epochs=40, lr=0.1)
+    student, peer = (toys.toy(seed=seed, make=toys.Wide) for seed in (0, 1))
+    return toys.overfit("peeraid", student, peer=peer, epochs=40, lr=0.05)
 
 
 @pytest.mark.slow
 def test_toy_overfit(overfitted):
     objective, images, labels, noise = overfitted
     terms = toys.evaluated(objective, images, labels, noise)
-    assert terms["peer accuracy on student's attack"] > 0.9
+    assert terms["peer accuracy on student's attack"] > 0.95
     assert toys.accuracy(objective.student, images, labels) > 0.8
 
 

@@ -165,3 +165,13 @@ def test_pgd_at_attacks_as_pgd_does():
         )  # fmt: skip
     _, _, images_adv = toys.step(objective, (images, labels, noise))
     assert torch.allclose(images_adv, expected, atol=1e-6)
+
+
+def test_published_schedules():
+    """TRADES counts epochs from 1: of its 76, only 75 and 76 run at the lower rate."""
+    training, attack = toys.settings("trades", "paper")
+    assert (training.epochs, training.decay_at, training.weight_decay) == (76, (74,), 2e-4)
+    assert attack == {"steps": 10, "step_size": 0.007, "start": "gaussian"}
+    training, attack = toys.settings("pgd_at", "paper")
+    assert (training.epochs, training.decay_at, training.weight_decay) == (110, (100, 105), 5e-4)
+    assert attack == {"steps": 10, "step_size": 2 / 255, "start": "uniform"}

@@ -318,9 +318,11 @@ def digits(count=256):
     return data.to_float(images), labels, Noise(0, keys)
 
 
-def overfit(recipe, student=None, teachers=None, *, epochs, lr, batch_size=64, **settings):
+def overfit(recipe, student, teachers=None, *, peer=None, epochs, lr, batch_size=64, **settings):
     """A recipe's last stage, trained on 256 digits with PGD-10; and these digits."""
     objective = build(recipe, student, teachers, steps=10, **settings)
+    if peer is not None:
+        objective.peer = peer.train()
     images, labels, noise = digits()
     optimizer = torch.optim.SGD(parameters(objective), lr=lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
