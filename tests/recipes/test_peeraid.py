@@ -7,8 +7,10 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from robustify import config
 from robustify.losses import kl
+from robustify.threat import ThreatModel
 
 DOUBLE = torch.float64
+LARGE = ThreatModel("Linf", 0.25)  # leaves ordinary training nothing
 FAITHFUL = {"reuse_student_adv_forward": False}
 OFF = {
     "ce_weight": 0.0,
@@ -334,20 +336,21 @@ def test_one_image_and_no_attack_steps():
 def overfitted():
     """Student and peer, trained on 256 digits."""
     student, peer = (toys.toy(seed=seed, make=toys.Wide) for seed in (0, 1))
-    return toys.overfit("peeraid", student, peer=peer, epochs=40, lr=0.05)
+    return toys.overfit("peeraid", student, peer=peer, epochs=40, lr=0.05, threat=LARGE)
 
 
 @pytest.mark.slow
 def test_toy_overfit(overfitted):
     objective, images, labels, noise = overfitted
     terms = toys.evaluated(objective, images, labels, noise)
-    assert terms["peer accuracy on student's attack"] > 0.95
+    assert terms["peer accuracy on student's attack"] > 0.9
     assert toys.accuracy(objective.student, images, labels) > 0.8
 
 
 @pytest.mark.slow
 def test_the_peer_is_not_robust(overfitted):
     objective, images, labels, noise = overfitted
-    own = toys.robust_accuracy(objective.peer, images, labels)
+    own = toys.robust_accuracy(objective.peer, images, labels, LARGE)
     terms = toys.evaluated(objective, images, labels, noise)
-    assert own < terms["peer accuracy on student's attack"] - 0.3
+    assert own < 0.1
+    assert terms["peer accuracy on student's attack"] > 0.9
