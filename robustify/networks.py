@@ -64,8 +64,7 @@ def _shrink_resnet(model: Any) -> None:
 
 
 def _shrink_mobilenet(model: Any) -> None:
-    # the strides of RSLAD's CIFAR MobileNetV2
-    model.conv_stem.stride = (1, 1)
+    model.conv_stem.stride = (1, 1)  # the strides of RSLAD's CIFAR MobileNetV2
     model.blocks[1][0].conv_dw.stride = (1, 1)
 
 
@@ -117,7 +116,7 @@ def fit_to_small(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         cut = (fitted[stem].shape[-1] - own[stem].shape[-1]) // 2
         fitted[stem] = fitted[stem][..., cut:-cut, cut:-cut].contiguous()
     if len(fitted) < len(weights):
-        fitted |= {k: v for k, v in own.items() if k.startswith("head.fc.")}
+        fitted |= {k: v for k, v in own.items() if k.startswith("head.")}
     return fitted
 
 
@@ -390,7 +389,7 @@ _CIFAR_NETWORKS: dict[str, tuple[Callable[..., nn.Module], PretrainedCfg]] = {
     ),
 }
 CIFAR_NETWORKS = tuple(_CIFAR_NETWORKS)
-"""The networks above that timm has no counterpart of, as timm names."""
+"""Those of the networks above that timm has no counterpart of."""
 
 
 _VIT_CFG = _cfg(first_conv="patch_embed.proj", classifier="head", fixed_input_size=True)
