@@ -16,6 +16,7 @@ class Frozen(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
+        network.zero_grad()  # what it may have left from its own training
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: a parent's `train()` must not wake BatchNorm or dropout."""
