@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -42,10 +43,12 @@ class Recipe:
         """Import the recipe's Python module."""
         if not self.module.endswith(".py"):
             return importlib.import_module(self.module)
-        spec = importlib.util.spec_from_file_location(Path(self.module).stem, self.module)
+        name = f"robustify.recipes.by_path.{Path(self.module).stem}"
+        spec = importlib.util.spec_from_file_location(name, self.module)
         if spec is None or spec.loader is None:
             raise UsageError(f"expected a Python file with a recipe, got {self.module}")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up there
         spec.loader.exec_module(module)
         if not inspect.isgeneratorfunction(getattr(module, "stages", None)):
             raise UsageError(

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,23 @@ from torch import Tensor, nn
 from robustify.attacks.passes import Passes
 from robustify.attacks.suite import AttackOutcome, Suite, make_suite, run_suite
 from robustify.attacks.victim import Victim
+from robustify.diagnosis import Findings, diagnose
 from robustify.errors import DataError, ModelError
 from robustify.fold import constant
 from robustify.objective import evaluating
+from robustify.plausible import Reference
 from robustify.threat import Norm, ThreatModel, format_eps
+from robustify.verdict import Verdict
 
 SCHEMA = 1
+EXAMPLES = 100  # fallen images kept to be shown
+LEVEL_OF_SUITE = {"standard": "full", "plus": "full", "fast": "quick"}
+COMPARED = {  # attacks of the checks -> the side they stand on, in words
+    "fgsm": ("naive", "one step on cross-entropy"),
+    "pgd-ce": ("naive", "PGD on cross-entropy"),
+    "pgd-ce-tempered": ("adaptive", "the same PGD on z / T"),
+    "pgd-ce-scaled": ("adaptive", "the same PGD on z / s, which no scale of the logits can blind"),
+}
 
 
 def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -36,14 +48,6 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, min(share, (centre - spread) / scale)), min(
         1.0, max(share, (centre + spread) / scale)
     )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a robust accuracy may be believed: `reliable`, `suspect` or `not applicable`."""
-
-    status: str
-    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class Report:
     samples: Mapping[str, Tensor] = field(repr=False)
     labels: Tensor = field(repr=False)
     predictions: Tensor = field(repr=False)  # (n,) of the unperturbed images
+    findings: Findings = field(repr=False)
+    fallen: Mapping[int, tuple[str, Tensor]] = field(repr=False)  # image -> attack, image_adv
+    fallen_predictions: Tensor = field(repr=False)  # (n,), of fallen images; -1 of all others
     class_names: Sequence[str] | None = None
     seconds: float = 0.0
 
@@ -114,6 +121,9 @@ class Report:
             "robust_accuracy": self.robust_accuracy,
             "interval": self.interval,
             "verdict": asdict(self.verdict),
+            "flags": [asdict(flag) for flag in self.findings.flags],
+            "side_by_side": self._side_by_side(),
+            "curve": self._curve(),
             "attacks": [self._row(row) for row in self.rows],
             "classes": self._classes(),
             "passes": _per_image(self.passes, n),
@@ -135,6 +145,48 @@ class Report:
             "seconds": round(row.seconds, 2),
         }
 
+    def _curve(self) -> list[dict[str, Any]]:
+        n = self.findings.checked
+        return [
+            {
+                "eps": eps,
+                "eps_text": format_eps(eps),
+                "robust_accuracy": accuracy,
+                "interval": wilson(round(accuracy * n), n),
+                "attack": f"PGD on z / s, first {n} images",
+            }
+            for eps, accuracy in self.findings.accuracy_by_eps
+        ]
+
+    def _side_by_side(self) -> list[dict[str, Any]]:
+        """Naive attacks of the checks, then adaptive ones and the suite."""
+        n = self.findings.checked
+        rows = [
+            {
+                "tier": tier,
+                "name": name,
+                "description": description,
+                "robust_accuracy": self.findings.alone[name],
+                "interval": wilson(round(self.findings.alone[name] * n), n),
+                "headline": False,
+                "n": n,
+            }
+            for name, (tier, description) in COMPARED.items()
+            if name in self.findings.alone
+        ]
+        if not rows:
+            return []
+        suite = {
+            "tier": "adaptive",
+            "name": f"suite {self.suite}",
+            "description": "the worst case over all attacks",
+            "robust_accuracy": self.robust_accuracy,
+            "interval": self.interval,
+            "headline": True,
+            "n": self.n,
+        }
+        return [*rows, suite]
+
     def _classes(self) -> list[dict[str, Any]]:
         clean, robust = self.samples["clean"], list(self.samples.values())[-1]
         rows = []
@@ -143,8 +195,8 @@ class Report:
             rows.append({
                 "name": self.class_names[label] if self.class_names else str(label),
                 "n": int(mine.sum()),
-                "clean_accuracy": clean[mine].float().mean().item(),
-                "robust_accuracy": robust[mine].float().mean().item(),
+                "clean_accuracy": clean[mine].double().mean().item(),
+                "robust_accuracy": robust[mine].double().mean().item(),
             })  # fmt: skip
         return rows
 
@@ -161,6 +213,10 @@ def evaluate(
     seed: int = 0,
     class_names: Sequence[str] | None = None,
     sharded: bool = False,
+    checks: str | None = None,
+    reference: Reference | None = None,
+    temperature: float | None = None,
+    preprocessed: bool = False,
     decided: Callable[[str, int, bool], None] = lambda attack, image, right: None,
     done: Mapping[str, Mapping[int, bool]] | None = None,
 ) -> Report:
@@ -170,9 +226,14 @@ def evaluate(
     are left as they were. Every attack runs in float32 with noise keyed by the image's position, so
     the result does not depend on `batch_size`. `decided` is told of every verdict as it falls, and
     verdicts in `done` (attack -> image -> still right) are taken over. `sharded` divides the images
-    over Accelerate's processes; every process gets the whole report. Raises `UsageError` for an
-    unknown suite, `DataError` for images or labels that do not fit, `ModelError` for a model that
-    does not return finite logits.
+    over Accelerate's processes; every process gets the whole report.
+
+    The verdict rests on `checks`: full, quick or always (by default full with the suites standard
+    and plus, quick with fast, always otherwise). `reference` says what the model is, for the
+    plausibility gate, `temperature` at which it was distilled, `preprocessed` that something like
+    a purifier stands in front. The checks' own attacks enter the worst case. Raises `UsageError`
+    for an unknown suite, `DataError` for images or labels that do not fit, `ModelError` for a model
+    that does not return finite logits.
     """
     threat = ThreatModel(norm, eps)
     started = time.monotonic()
@@ -183,15 +244,28 @@ def evaluate(
         survivors = outcomes[-1].survivors.nonzero().squeeze(1)
         standard = make_suite("standard", threat, classes)
         outcomes += run.suite(standard, survivors, prefix="standard: ")[1:]
+    with evaluating(model), constant(network, images[:8]) as victim:
+        findings = diagnose(
+            victim, images, labels, threat, suite=suite, outcomes=outcomes,
+            level=checks or LEVEL_OF_SUITE.get(suite, "always"), network=network,
+            reference=reference, temperature=temperature, preprocessed=preprocessed, seed=seed,
+            batch_size=batch_size,
+        )  # fmt: skip
+    outcomes.append(AttackOutcome("checks", {"attacks": "those of the checks below"},
+                                  findings.survivors, findings.passes, 0.0))  # fmt: skip
+    rows = _rows(outcomes)
     return Report(
         threat=threat,
         suite=suite,
         seed=seed,
-        clean_accuracy=outcomes[0].survivors.float().mean().item(),
-        robust_accuracy=outcomes[-1].survivors.float().mean().item(),
-        verdict=Verdict("suspect", ("the checks have not been run",)),
-        rows=_rows(outcomes),
+        clean_accuracy=outcomes[0].survivors.double().mean().item(),
+        robust_accuracy=rows[-1].robust_accuracy,
+        verdict=findings.verdict,
+        rows=rows,
         samples={outcome.name: outcome.survivors for outcome in outcomes},
+        findings=findings,
+        fallen=run.fallen,
+        fallen_predictions=run.fallen_predictions(),
         labels=labels.cpu(),
         predictions=run.predictions(),
         class_names=class_names,
@@ -217,6 +291,7 @@ class _Run:
         self.network, self.images, self.labels, self.threat = network, images, labels, threat
         self.batch_size, self.seed, self.decided, self.done = batch_size, seed, decided, done
         self.processes = PartialState() if sharded else None
+        self.fallen: dict[int, tuple[str, Tensor]] = {}
 
     def suite(self, suite: Suite, indices: Tensor, *, prefix: str = "") -> list[AttackOutcome]:
         """The outcomes of `suite` on the images at `indices`, over all processes; survivors are
@@ -229,12 +304,19 @@ class _Run:
             outcomes = run_suite(
                 victim, self.images[mine], self.labels[mine], suite=suite, threat=self.threat,
                 batch_size=self.batch_size, seed=self.seed, indices=mine, done=known,
-                decided=lambda attack, index, right, _: self.decided(prefix + attack, index, right),
+                decided=partial(self._note, prefix),
             )  # fmt: skip
         shards = [(mine, outcomes)]
         if self.processes is not None and self.processes.num_processes > 1:
             shards = gather_object(shards)
         return [self._merged(prefix, [(i, o[k]) for i, o in shards]) for k in range(len(outcomes))]
+
+    def _note(
+        self, prefix: str, attack: str, image: int, right: bool, image_adv: Tensor | None
+    ) -> None:
+        if image_adv is not None and len(self.fallen) < EXAMPLES:
+            self.fallen[image] = prefix + attack, image_adv.cpu()
+        self.decided(prefix + attack, image, right)
 
     def predictions(self) -> Tensor:
         """(n,) classes of the unperturbed images, on the CPU."""
@@ -243,6 +325,16 @@ class _Run:
             starts = range(0, len(self.images), self.batch_size)
             batches = [self.images[start : start + self.batch_size] for start in starts]
             return torch.cat([victim.predict(batch) for batch in batches]).cpu()
+
+    def fallen_predictions(self) -> Tensor:
+        """(n,) classes of the adversarial images that were kept, -1 elsewhere."""
+        predicted = torch.full((len(self.labels),), -1)
+        if self.fallen:
+            images_adv = torch.stack([image_adv for _, image_adv in self.fallen.values()])
+            with constant(self.network, self.images[:8]) as network:
+                answers = Victim(network).predict(images_adv.to(self.images.device))
+            predicted[list(self.fallen)] = answers.cpu()
+        return predicted
 
     def _merged(self, prefix: str, parts: list[tuple[Tensor, AttackOutcome]]) -> AttackOutcome:
         survivors = torch.zeros(len(self.labels), dtype=torch.bool)
@@ -269,7 +361,7 @@ def _rows(outcomes: Sequence[AttackOutcome]) -> list[Row]:
         rows.append(
             Row(
                 outcome.name,
-                worst.float().mean().item(),
+                worst.double().mean().item(),
                 int((right & ~worst).sum()),
                 outcome.settings,
                 outcome.passes,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+import robustify
 from robustify import data, models
 from robustify.classifier import Classifier
 from robustify.data import DataSet
 from robustify.errors import UsageError
 from robustify.evaluation import Report, evaluate
+from robustify.gallery import gallery
 from robustify.journal import Journal
+from robustify.plausible import Reference
 from robustify.purifier import Purified, facts
 from robustify.report import complete, write_report
 from robustify.threat import Norm, ThreatModel
@@ -68,6 +74,13 @@ def assess(
             model, data.to_float(images).to(device), labels.to(device), suite=suite,
             norm=threat.norm, eps=threat.eps, seed=seed, batch_size=batch_size,
             class_names=dataset.class_names, sharded=True, decided=decided,
+            reference=Reference(
+                data=dataset.name,
+                parameters=sum(p.numel() for p in model.parameters()),
+                architecture=model.architecture,
+            ),
+            temperature=model.about.get("record", {}).get("temperature"),
+            preprocessed=isinstance(model, Purified),
             done=journal.verdicts if journal is not None else None,
         )  # fmt: skip
     if journal is not None:
@@ -120,12 +133,41 @@ def examine(
         reports[0], about["more"] = extend(
             reports[0], classifier, loaded, more=about["more"], batch_size=batch_size
         )
-    content = complete(reports[0], **about)
+    about["more"] |= shown(reports[0], loaded)
     if len(reports) > 1:
-        content["curve"] = [curve_point(report) for report in reports]
+        about["more"]["curve"] = [curve_point(report) for report in reports]
     if out is not None:
         write_report(out, reports[0], **about)
-    return content
+    return complete(reports[0], **about)
+
+
+def shown(report: Report, dataset: DataSet) -> dict[str, Any]:
+    """The gallery of fallen images, and the versions of everything that can change a result."""
+    indices = torch.tensor(sorted(report.fallen), dtype=torch.int64)
+    more: dict[str, Any] = {"versions": versions()}
+    if len(indices):
+        images, labels, _ = dataset.test.__getitems__(indices.tolist())
+        more["gallery"] = gallery(
+            data.to_float(images),
+            torch.stack([report.fallen[index][1] for index in indices.tolist()]),
+            labels,
+            report.predictions[indices],
+            report.fallen_predictions[indices],
+            dataset.class_names,
+            attacks=[report.fallen[index][0] for index in indices.tolist()],
+            indices=indices,
+        )
+    return more
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a result."""
+    packages = ("torch", "timm", "accelerate")
+    return {
+        "robustify": robustify.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def curve_point(report: Report) -> dict[str, Any]:

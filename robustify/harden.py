@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,18 +14,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-import robustify
 from robustify import config, data, models
 from robustify.attacks.pgd import pgd
 from robustify.data import DataSet
 from robustify.errors import UsageError
-from robustify.examine import assess
+from robustify.examine import assess, shown, versions
 from robustify.objective import Objective
 from robustify.purifier import Purified, facts
 from robustify.report import write_report
@@ -186,7 +186,13 @@ def objectives(job: Job) -> Iterator[Objective]:
     }  # fmt: skip
     torch.manual_seed(job.seed)
     student = models.adapt(job.student, **fitted_to)
-    teachers = [models.adapt(teacher, **fitted_to) for teacher in job.teachers]
+    teachers = [
+        # A bare architecture is to be trained by the recipe; anything else is a trained teacher.
+        models.adapt(teacher, **fitted_to)
+        if timm.is_model(teacher)
+        else models.match_labels(models.load(teacher), dataset.class_names)
+        for teacher in job.teachers
+    ]
     stages = job.recipe.load().stages
     common = {"threat": job.threat, "attack": job.attack} if takes_attack(stages) else {}
     generator = stages(student, teachers, **common, **job.method)
@@ -269,7 +275,7 @@ def _leave(
     }
     more: dict[str, Any] = {"notices": record.get("notices", ()), "selection": fitted.selection,
             "cost": {"training seconds": round(sum(row["seconds"] for row in outline), 1)},
-            "versions": versions()}  # fmt: skip
+            **shown(report, job.dataset)}  # fmt: skip
     described: dict[str, Any] = models.describe(student)
     if isinstance(student, Purified):
         described |= facts(student)
@@ -295,16 +301,16 @@ def dry_run(job: Job) -> dict[str, Any]:
         stage = new_stage(job, copy.deepcopy(objective), number, accelerator)
         fetched = next(iter(stage.loader))
         stage.model.train()
-        with FlopCounterMode(display=False) as step_count:
+        with _FlopCount() as step_count:
             stage.step(fetched)
         images, _, _ = stage.batch(fetched, 0)
-        with FlopCounterMode(display=False) as forward_count, torch.no_grad():
+        with _FlopCount() as forward_count, torch.no_grad():
             stage.objective.student(images)
         started = time.monotonic()
         for _ in range(2):
             stage.step(fetched)
         seconds = (time.monotonic() - started) / 2
-        forwards = step_count.get_total_flops() / max(forward_count.get_total_flops(), 1)
+        forwards = step_count.total / max(forward_count.total, 1)
         rows.append({
             "stage": objective.name,
             "parameters": {n: sum(p.numel() for p in m.parameters())
@@ -317,6 +323,22 @@ def dry_run(job: Job) -> dict[str, Any]:
             "estimated_seconds": round(seconds * stage.budget, 1),
         })  # fmt: skip
     return {**job.describe(), "stages": rows}
+
+
+class _FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Floating-point operations of what runs inside. torch's own FlopCounterMode also tracks
+    modules, by hooks with which the gradient by images alone fails."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`, and count it where torch knows how."""
+        out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 @contextmanager
@@ -339,17 +361,3 @@ def interruptible() -> Iterator[Any]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def versions() -> dict[str, str]:
-    """Of everything that can change a result."""
-    import accelerate
-    import timm
-
-    return {
-        "robustify": robustify.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "accelerate": accelerate.__version__,
-    }

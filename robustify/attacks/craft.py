@@ -27,7 +27,7 @@ def attack(
     seed: int = 0,
     batch_size: int = 250,
 ) -> Tensor:
-    """Adversarial images for (N, C, H, W) images in [0, 1] and labels (N,), inside the threat model.
+    """Adversarial images for (N, C, H, W) images in [0, 1] and labels (N,), in the threat model.
 
     `pgd` climbs cross-entropy for `steps` of `step_size` (eps/4 unless given) on every image. Any
     other name that `suite` knows (`apgd-t`, `square`, `standard`, …) runs with its own settings and

@@ -1,6 +1,7 @@
 """Projected gradient descent (Madry et al., ICLR 2018, arXiv 1706.06083): the inner maximisation.
 
-    x'_0 = start(x);   x'_{k+1} = project( x'_k + step_size · ascent direction of sum_n loss_n(x'_k) )
+    x'_0 = start(x)
+    x'_{k+1} = project( x'_k + step_size · ascent direction of sum_n loss_n(x'_k) )
 
 The losses of a batch are summed, never averaged: a mean divides every gradient by the batch size,
 which underflows in low precision and makes an image's attack depend on its batch.
@@ -47,9 +48,7 @@ def pgd(
         images_adv.requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss_fn(images_adv).sum(), images_adv)
-        images_adv = threat.project(
-            threat.ascend(images_adv.detach(), gradient, step_size), images
-        )
+        images_adv = threat.project(threat.ascend(images_adv.detach(), gradient, step_size), images)
     return images_adv
 
 

@@ -1,6 +1,6 @@
 """The recipes: one module and one YAML file each; the folder listing is the registry.
 
-A recipe module has a docstring (method, citation, formula), `needs` where it uses teachers, and
+A recipe module has a docstring (method, citation, formula) and
 
     def stages(student, teachers, *, threat, attack, …) -> Iterator[Objective]
 

@@ -23,7 +23,7 @@ from robustify.fold import constant
 from robustify.losses import cross_entropy, kl
 from robustify.models import Classifier
 from robustify.noise import Noise
-from robustify.objective import Objective, accuracy
+from robustify.objective import Objective, accuracy, check_teachers
 from robustify.threat import ThreatModel
 
 
@@ -37,6 +37,7 @@ def stages(
     detach_clean: bool = False,
 ) -> Iterator[Objective]:
     """One stage; no teacher. `detach_clean` stops the gradient at s(x): an ablation."""
+    check_teachers(student, teachers, roles=0)
     yield Mart(student=student, threat=threat, attack=attack, beta=beta, detach_clean=detach_clean)
 
 

@@ -35,7 +35,7 @@ from robustify.fold import constant
 from robustify.losses import cross_entropy, kl
 from robustify.models import Classifier, like
 from robustify.noise import Noise
-from robustify.objective import Objective, accuracy, batchnorm_updates, evaluating
+from robustify.objective import Objective, accuracy, batchnorm_updates, check_teachers, evaluating
 from robustify.threat import ThreatModel
 
 
@@ -61,6 +61,7 @@ def stages(
     """One stage. `peer` names the peer's architecture or weights, by default the student's
     architecture from scratch; the last four settings are the ablations and the faithful variant
     (`reuse_student_adv_forward=False`)."""
+    check_teachers(student, teachers, roles=0)
     if attack_target not in ("peer", "label"):
         raise UsageError(f"expected attack_target peer or label, got {attack_target!r}")
     yield PeerAid(

@@ -19,7 +19,7 @@ from robustify.fold import constant
 from robustify.losses import cross_entropy
 from robustify.models import Classifier, like
 from robustify.noise import Noise
-from robustify.objective import Objective, accuracy, is_from_scratch
+from robustify.objective import Objective, accuracy, check_teachers, is_from_scratch
 from robustify.threat import ThreatModel
 
 
@@ -31,6 +31,7 @@ def stages(
     attack: Mapping[str, Any],
 ) -> Iterator[Objective]:
     """One stage; no teacher."""
+    check_teachers(student, teachers, roles=0)
     yield PgdAt(student=student, threat=threat, attack=attack)
 
 

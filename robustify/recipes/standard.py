@@ -15,11 +15,12 @@ from torch import Tensor
 from robustify.losses import cross_entropy
 from robustify.models import Classifier, like
 from robustify.noise import Noise
-from robustify.objective import Objective, accuracy, is_from_scratch
+from robustify.objective import Objective, accuracy, check_teachers, is_from_scratch
 
 
 def stages(student: Classifier, teachers: Sequence[Classifier]) -> Iterator[Objective]:
     """One stage; no teacher, no attack."""
+    check_teachers(student, teachers, roles=0)
     yield Standard(student=student)
 
 

@@ -24,7 +24,7 @@ from robustify.fold import constant
 from robustify.losses import cross_entropy, kl
 from robustify.models import Classifier
 from robustify.noise import Noise
-from robustify.objective import Objective, accuracy
+from robustify.objective import Objective, accuracy, check_teachers
 from robustify.threat import ThreatModel
 
 
@@ -39,6 +39,7 @@ def stages(
     reuse_clean_forward: bool = True,
 ) -> Iterator[Objective]:
     """One stage; no teacher. `detach_clean` stops the gradient at s(x) in the KL: an ablation."""
+    check_teachers(student, teachers, roles=0)
     yield Trades(
         student=student,
         threat=threat,

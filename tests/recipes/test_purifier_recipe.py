@@ -10,7 +10,7 @@ import toys
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from robustify import data, harden, models
+from robustify import data, harden, models, report
 from robustify.attacks.pgd import pgd
 from robustify.checkpoint import Checkpoints
 from robustify.crafting import against_classifier
@@ -19,6 +19,7 @@ from robustify.frozen import weights_hash
 from robustify.losses import cross_entropy
 from robustify.purifier import Ensemble, Purified, Purifier
 from robustify.recipes.purifier import EndToEnd, Static, stages
+from robustify.run_folder import RunFolder
 from robustify.train import Stage, Training, fit
 
 ATTACK = {"steps": 10, "step_size": toys.THREAT.eps / 4, "start": "uniform"}
@@ -476,3 +477,30 @@ def test_a_loss_that_is_not_finite_stops_the_stage(digits, tmp_path):
     objective = last(mode="adaptive", pixel_weight=float("inf"))
     with pytest.raises(TrainingError, match="finite loss"):
         fit(in_loop(digits, objective), checkpoints=Checkpoints(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_static_purifier_falls_to_who_knows_it_and_end_to_end_training_helps(tmp_path):
+    """Minutes: both modes on digits at the default eps, through `distill`, on 120 test images."""
+    common = {"training.epochs": 12, "training.batch_size": 32}
+    ordinary = {**common, "training.epochs": 6, "training.validation_steps": 2}
+    plan = harden.plan("standard", "resnet20_cifar", settings=ordinary, suite="fgsm", limit=8)
+    classifier = harden.run(plan, tmp_path / "classifier") / "model.safetensors"
+    found = {}
+    for mode in ("paper_like", "adaptive"):
+        settings = {**common, "mode": mode, "size": (8, 1), "teacher_size": (8, 1),
+                    "attack.steps": 5,
+                    "static_epochs": 4, "training.validation_steps": 5, "training.lr": 3e-3,
+                    "training.ema_decay": 0.98}  # fmt: skip
+        plan = harden.plan("purifier", str(classifier), settings=settings, limit=120,
+                           suite="apgd-ce,apgd-margin")  # fmt: skip
+        folder = harden.run(plan, tmp_path / mode)
+        record = RunFolder(folder).record
+        assert record["classifier"]["untouched"] is True
+        assert record["classifier"]["sha256"] == weights_hash(models.load(classifier))
+        assert weights_hash(models.load(folder).classifier) == record["classifier"]["sha256"]
+        content = report.read(folder)
+        assert [row["tier"] for row in content["tiers"] if row["headline"]] == ["W"]
+        found[mode] = {row["tier"]: row["robust_accuracy"] for row in content["tiers"]}
+    assert found["paper_like"]["G1"] - found["paper_like"]["W"] > 0.2
+    assert found["adaptive"]["W"] - found["paper_like"]["W"] > 0.3
