@@ -10,6 +10,7 @@ G0 to G2 are crafted here with PGD on cross-entropy and on the margin (a saturat
 gradient of cross-entropy) and judged on the full system. W and Q are what a suite left, passed in
 as a `Report`. An image counts as right only if it survives every tier: the report's robust accuracy
 becomes the per-image worst case, and a grey-box number never stands without the white-box one.
+Where G0 to G2 break what no white-box attack did, flag F6 says so and the verdict is made anew.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
+from robustify import checks
 from robustify.attacks.passes import Passes
 from robustify.attacks.pgd import pgd
 from robustify.data import DataSet, to_float
@@ -35,6 +37,7 @@ from robustify.losses import cross_entropy, margin
 from robustify.noise import Noise
 from robustify.purifier import Purified
 from robustify.threat import ThreatModel
+from robustify.verdict import judge, weigh
 
 Network = Callable[[Tensor], Tensor]  # images -> logits, or images -> images
 
@@ -202,8 +205,10 @@ def extend(
     made = crafted(purified, images, labels, report.threat, seed=report.seed,
                    batch_size=batch_size, surrogate=surrogate)  # fmt: skip
     tiers = [*made, *of_report(report)]
+    white = next(tier.survivors for tier in tiers if tier.tier == "W")
     for tier in made:
         report = _with(report, tier)
+    report = _judged(report, white & ~torch.stack([tier.survivors for tier in made]).all(0))
     alone = _clean_accuracy(purified.classifier, images, labels, batch_size)
     missing = {"G0", "G1", "G2", "W", "Q"} - {tier.tier for tier in tiers}
     more = more or {}
@@ -232,6 +237,26 @@ def _with(report: Report, tier: Tier) -> Report:
         rows=[*report.rows, row],
         samples={**report.samples, tier.name: worst},
     )
+
+
+def _judged(report: Report, broken: Tensor) -> Report:
+    """The report with F6 and the verdict that follows, where G0 to G2 broke the images in `broken`
+    (n,) that no white-box attack did."""
+    findings = report.findings
+    found = checks.transfer_gain(broken, "attackers who know less than everything")
+    flags = [found if f.name == "F6" and not f.raised else f for f in findings.flags]
+    headline = replace(
+        findings.headline,
+        robust_accuracy=report.robust_accuracy,
+        attacks=findings.headline.attacks | {"transfer"},
+    )
+    weighed = weigh(flags, headline)
+    verdict = judge(weighed, headline)
+    survivors = list(report.samples.values())[-1]
+    findings = replace(
+        findings, flags=weighed, verdict=verdict, headline=headline, survivors=survivors
+    )
+    return replace(report, findings=findings, verdict=verdict)
 
 
 def notices(purified: Purified, missing: set[str]) -> list[str]:

@@ -188,6 +188,28 @@ def test_the_worst_case_is_taken_image_by_image():
     assert any("G0, Q" in notice for notice in more["notices"])
 
 
+@pytest.mark.parametrize(("purifier", "raised"), [(Rounding, True), (nn.Identity, False)])
+def test_who_knows_less_and_breaks_more_raises_f6(purifier, raised):
+    digits = data.load("digits")
+    both = pair(purifier())
+    images, labels, _ = digits.test.take(100).__getitems__(range(100))
+    both.classifier.module.weight.data = torch.stack(  # class means: right on most digits
+        [
+            data.to_float(digits.train.images)[digits.train.labels == k].mean(0).flatten()
+            for k in range(10)
+        ]
+    )
+    both.classifier.module.weight.data -= both.classifier.module.weight.mean(0)
+    white = evaluate(both, data.to_float(images), labels, suite="pgd", eps=0.1)
+    after, _ = extend(white, both, digits)
+    flag = next(flag for flag in after.findings.flags if flag.name == "F6")
+    assert flag.raised is raised
+    assert not any(flag.raised for flag in white.findings.flags if flag.name == "F6")
+    assert after.findings.headline.robust_accuracy == after.robust_accuracy
+    assert (after.robust_accuracy < white.robust_accuracy) is raised
+    assert after.verdict.status == ("not applicable" if raised else "suspect")  # PGD alone
+
+
 def test_fidelity():
     images = torch.rand(3, 1, 8, 8)
     assert torch.isinf(psnr(images, images)).all()
