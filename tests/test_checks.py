@@ -330,24 +330,32 @@ def test_f8_looks_at_what_the_suite_left():
     assert checks.converged(probe).measures[0].value == 0
 
 
-def test_f9_finds_corners_and_the_inside():
-    """Two slabs of the ball that a gradient never points to: all of eight pixels at their lower
-    bound (one corner in 256), and one pixel within a hundredth of half of eps (one uniform sample
-    in two hundred)."""
+def _at_corner(delta):
+    """Eight pixels at their lower bound: one corner in 256."""
+    return (delta[:, 1:9] < -0.99).all(1)
+
+
+def _far_out(delta):
+    """Six pixels far from the image and from the wall: one uniform sample in 540."""
+    return ((delta[:, 1:7].abs() > 0.6) & (delta[:, 1:7].abs() < 0.95)).all(1)
+
+
+def _near(delta):
+    """Six pixels near the image: one Gaussian sample in 640."""
+    return (delta[:, 1:7].abs() < 0.25).all(1) & (delta[:, 7] > 0)
+
+
+@pytest.mark.parametrize("region", [_at_corner, _far_out, _near])
+def test_f9_finds_what_no_gradient_points_to(region):
+    """Each is found by one of the three kinds of samples and hardly by the others."""
     images, labels = _all_odd(*line_images(4, levels=20))
 
-    def corner(images, v):
-        low = (images.flatten(1)[:, 1:9] < 0.4 - 0.99 * EPS).all(1)
-        return blind(images, torch.where(low, -v, v))
+    def odd(images, v):
+        return blind(images, torch.where(region((images.flatten(1) - 0.4) / EPS), -v, v))
 
-    def inside(images, v):
-        pixel = images[:, 0, 1, 1]
-        return blind(images, torch.where((pixel - 0.4 - EPS / 2).abs() < EPS / 200, -v, v))
-
-    for odd in (corner, inside):
-        flag = checks.random_search(probe_of(Line(odd=odd), images, labels))
-        assert flag.raised
-        assert flag.value == 4
+    flag = checks.random_search(probe_of(Line(odd=odd), images, labels))
+    assert flag.raised
+    assert flag.value == 4
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
@@ -379,7 +387,8 @@ def test_f9_takes_a_hundred_survivors_and_stays_in_the_ball(norm):
 
 def test_f10_probabilities_and_not_log_probabilities(plain):
     network, images, labels = plain[0]
-    for last, raised in ((nn.Softmax(1), True), (nn.LogSoftmax(1), False), (nn.Identity(), False)):
+    lasts = {nn.Softmax(1): True, nn.LogSoftmax(1): False, nn.Sigmoid(): False, nn.ReLU(): False}
+    for last, raised in lasts.items():
         flag = checks.probabilities(probe_of(nn.Sequential(network, last), images, labels))
         assert flag.raised is raised
 
