@@ -44,7 +44,7 @@ from robustify.objective import Objective, accuracy, check_teachers
 from robustify.recipes.standard import standard_teacher
 from robustify.threat import ThreatModel
 
-GO_NO_GO = "not run"
+GO_NO_GO = "not run: whether adv_view adv or clean serves better was not measured on this data"
 INERT = "The teachers were read at clean images only: their rectification is nearly inert."
 
 
