@@ -135,7 +135,7 @@ def transferred(probe: Probe, name: str, surrogate: nn.Module) -> Tensor:
     """(m,) bool: alive, and broken by the images of PGD on z / s against `surrogate`."""
     other = Probe(surrogate, probe.images, probe.labels, probe.threat, batch_size=probe.batch_size)
     run = other.climb(scaled, probe.alive, start=probe.start(), stay=probe.steps)
-    parts = [probe.victim.logits(adv) for adv in run.images_adv.split(probe.batch_size)]
+    parts = [probe.victim.logits(adv) for adv in torch.split(run.images_adv, probe.batch_size)]
     survives = torch.cat(parts).argmax(1) == probe.labels
     probe.survivors[f"transfer from {name}"] = survives | ~probe.alive
     probe.victim.passes += other.passes
@@ -199,7 +199,7 @@ def random_search(probe: Probe, *, samples: int = SAMPLES) -> Flag:
     found = torch.zeros(len(probe.labels), dtype=torch.bool, device=probe.labels.device)
     for number in range(math.ceil(samples / _ROUND)):
         rows = rows[~found[rows]]
-        for part in rows.split(max(1, probe.batch_size // _ROUND)):
+        for part in torch.split(rows, max(1, probe.batch_size // _ROUND)):
             found[part] = _falls_at_random(probe, part, number)
     probe.survivors["random"] = ~found
     text = f"images of the first {SEARCHED} survivors that {samples} random samples broke"
@@ -284,7 +284,7 @@ class _Watch(TorchFunctionMode):
 def _zero_gradients(probe: Probe, rows: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
     """(len(rows),) masks: the gradient is exactly zero; it is finite."""
     zero, finite = [], []
-    for part in rows.split(probe.batch_size) if len(rows) else ():
+    for part in torch.split(rows, probe.batch_size) if len(rows) else ():
         _, _, gradient = probe.gradient(probe.images[part], probe.labels[part], loss)
         zero.append((gradient == 0).flatten(1).all(1))
         finite.append(gradient.isfinite().flatten(1).all(1))
@@ -299,7 +299,7 @@ def _in_float64(probe: Probe, rows: Tensor, out_of: int) -> str:
         return ""
     network = copy.deepcopy(probe.network).double()
     zero = 0
-    for part in rows.split(probe.batch_size):
+    for part in torch.split(rows, probe.batch_size):
         images = probe.images[part].double().requires_grad_()
         try:
             with torch.enable_grad():
@@ -351,8 +351,8 @@ def _falls_at_random(probe: Probe, rows: Tensor, number: int) -> Tensor:
     wrong = [
         probe.victim.predict(batch) != label
         for batch, label in zip(
-            points.split(probe.batch_size),
-            probe.labels[rows].repeat_interleave(_ROUND).split(probe.batch_size),
+            torch.split(points, probe.batch_size),
+            torch.split(probe.labels[rows].repeat_interleave(_ROUND), probe.batch_size),
             strict=True,
         )
     ]

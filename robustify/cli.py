@@ -124,10 +124,12 @@ def distill(
         click.echo(json.dumps(harden.dry_run(job), indent=2))
         return
     folder = harden.run(job, out, resume=resume)
+    if not harden.is_first_process():
+        return
     content = report.read(folder)
     click.echo(json.dumps(content, indent=2) if as_json else report.markdown(content))
     if not as_json:
-        click.echo(f"{folder}: model.safetensors, report.md, report.json")
+        click.echo(f"{folder}: model.safetensors, report.html, report.md, report.json")
 
 
 @robustify.command()
@@ -212,9 +214,53 @@ def attach(purifier: str, classifier: str, out: Path, as_json: bool, **options: 
         click.echo(f"{folder}: purifier.safetensors, classifier/, report.md, report.json")
 
 
+@robustify.command("report")
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Write a comparison here, as HTML.")
+@as_json
+def rebuild_report(folders: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Rebuild the pages of one run from its report.json, or compare several runs.
+
+    \b
+    robustify report runs/peeraid-resnet18-digits
+    robustify report runs/* --out comparison.html
+    """
+    from robustify import comparison, report
+    from robustify.files import atomic_write
+
+    contents = [report.read(folder) for folder in folders]
+    if as_json:
+        click.echo(json.dumps(contents if len(contents) > 1 else contents[0], indent=2))
+        return
+    if len(contents) == 1:
+        report.rebuild(folders[0])
+        click.echo(report.markdown(contents[0]))
+        return
+    names = [folder.name for folder in folders]
+    if out is not None:
+        atomic_write(out, comparison.compare_html(contents, names=names))
+    click.echo(comparison.compare_markdown(contents, names=names))
+
+
+@robustify.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """What this machine can do: devices, versions, caches, whether a token is there.
+
+    \b
+    robustify doctor
+    """
+    from tabulate import tabulate
+
+    from robustify.examine import diagnose_machine
+
+    found = diagnose_machine()
+    click.echo(json.dumps(found, indent=2) if as_json else tabulate(found.items()))
+
+
 @robustify.group()
 def recipes() -> None:
-    """The recipes: list, show."""
+    """The recipes: list, show, copy, check."""
 
 
 @recipes.command("list")
@@ -243,3 +289,37 @@ def show_recipe(name: str) -> None:
     if found.path is None:
         raise UsageError(f"recipe {name} has no YAML file; its settings are those of its signature")
     click.echo(found.path.read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+def copy_recipe(name: str, path: Path | None) -> None:
+    """Copy a recipe's YAML file, to be changed and run by path.
+
+    \b
+    robustify recipes copy peeraid mine.yaml
+    robustify distill --recipe mine.yaml --student resnet18
+    """
+    found = config.find(name)
+    target = path or Path(f"{found.name}.yaml")
+    if target.exists():
+        raise UsageError(f"expected a new file, but {target} exists; name another")
+    text = found.path.read_text(encoding="utf-8") if found.path else ""
+    target.write_text(f"recipe: {found.name}\n{text}", encoding="utf-8")
+    click.echo(target)
+
+
+@recipes.command("check")
+@click.argument("file")
+def check_recipe(file: str) -> None:
+    """Check a recipe file: every section and preset against what its method takes.
+
+    \b
+    robustify recipes check mine.yaml
+    """
+    from robustify.harden import check_recipe as check
+
+    found = config.find(file)
+    presets = check(found)
+    click.echo(f"{file}: {found.name}, presets {', '.join(presets) or 'none'}: all settings fit")

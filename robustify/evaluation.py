@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from robustify.errors import DataError, ModelError
 from robustify.fold import constant
 from robustify.objective import evaluating
 from robustify.plausible import Reference
+from robustify.processes import this_process
 from robustify.threat import Norm, ThreatModel, format_eps
 from robustify.verdict import Verdict
 
@@ -290,7 +290,7 @@ class _Run:
     ) -> None:
         self.network, self.images, self.labels, self.threat = network, images, labels, threat
         self.batch_size, self.seed, self.decided, self.done = batch_size, seed, decided, done
-        self.processes = PartialState() if sharded else None
+        self.processes = this_process() if sharded else None
         self.fallen: dict[int, tuple[str, Tensor]] = {}
 
     def suite(self, suite: Suite, indices: Tensor, *, prefix: str = "") -> list[AttackOutcome]:

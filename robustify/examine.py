@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
 import robustify
@@ -22,6 +22,7 @@ from robustify.evaluation import Report, evaluate
 from robustify.gallery import gallery
 from robustify.journal import Journal
 from robustify.plausible import Reference
+from robustify.processes import this_process
 from robustify.purifier import Purified, facts
 from robustify.report import complete, write_report
 from robustify.threat import Norm, ThreatModel
@@ -49,7 +50,7 @@ def assess(
     device = next(model.parameters()).device
     test = dataset.test if limit is None else dataset.test.take(limit)
     images, labels, _ = test.__getitems__(range(len(test)))
-    process = PartialState()
+    process = this_process()
     journal = None
     if out is not None:
         identity = {
@@ -107,7 +108,7 @@ def examine(
     several `eps` is the headline, all of them together the curve.
     """
     classifier = models.load(model)
-    process = PartialState()
+    process = this_process()
     classifier.to(process.device)
     name = dataset or classifier.data
     if name is None:
@@ -167,6 +168,20 @@ def versions() -> dict[str, str]:
         "robustify": robustify.__version__,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def diagnose_machine() -> dict[str, str]:
+    """Devices, versions, caches, and whether a Hub token is present (never the token)."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        **versions(),
+        "GPUs": ", ".join(gpus) or "none",
+        "CPU threads": str(torch.get_num_threads()),
+        "bf16 on this device": str(torch.cuda.is_bf16_supported() if gpus else True),
+        "Hub cache": huggingface_hub.constants.HF_HUB_CACHE,
+        "Hub token": "present" if huggingface_hub.get_token() else "none",
+        "offline": str(huggingface_hub.constants.HF_HUB_OFFLINE),
     }
 
 

@@ -28,6 +28,7 @@ from robustify.data import DataSet
 from robustify.errors import UsageError
 from robustify.examine import assess, shown, versions
 from robustify.objective import Objective
+from robustify.processes import on_cpu, this_process
 from robustify.purifier import Purified, facts
 from robustify.report import write_report
 from robustify.run_folder import RunFolder
@@ -101,7 +102,6 @@ def plan(
     """Check a request before anything long starts. `settings` overrides the recipe's YAML
     (`{"training.epochs": 5, "beta": 3}`). Raises `UsageError`, `DataError`."""
     found = config.find(recipe)
-    stages = found.load().stages
     loaded = data.load(dataset, image_size=image_size)
     wanted = image_size or models.wanted_image_size(student, loaded.image_size)
     if wanted not in (None, loaded.image_size):
@@ -110,13 +110,13 @@ def plan(
     if train_limit is not None:
         loaded = replace(loaded, train=loaded.train.take(train_limit))
     threat = ThreatModel(norm or loaded.threat.norm, loaded.threat.eps if eps is None else eps)
-    schemas = {
-        "method": config.schema(stages, without=("threat", "attack")),
-        "attack": config.schema(pgd, without=("noise",)) if takes_attack(stages) else {},
-        "training": config.schema(Training),
-    }
     resolved = config.resolve(
-        found, schemas, eps=threat.eps, preset=preset, data_name=loaded.name, settings=settings
+        found,
+        schemas_of(found),
+        eps=threat.eps,
+        preset=preset,
+        data_name=loaded.name,
+        settings=settings,
     )
     if precision not in ("fp32", "bf16"):
         raise UsageError(
@@ -129,6 +129,29 @@ def plan(
         training=Training(**resolved["training"]), seed=seed, suite=suite, limit=limit,
         max_steps=max_steps, precision=precision, sync_bn=sync_bn,
     )  # fmt: skip
+
+
+def check_recipe(found: config.Recipe) -> list[str]:
+    """The presets of a recipe; raises `UsageError` for the first setting that does not fit."""
+    for preset in (None, *found.presets):
+        resolved = config.resolve(found, schemas_of(found), eps=8 / 255, preset=preset)
+        Training(**resolved["training"])
+    return list(found.presets)
+
+
+def schemas_of(found: config.Recipe) -> dict[str, dict[str, Any]]:
+    """What may be said in each section of a recipe: section -> name -> type."""
+    stages = found.load().stages
+    return {
+        "method": config.schema(stages, without=("threat", "attack")),
+        "attack": config.schema(pgd, without=("noise",)) if takes_attack(stages) else {},
+        "training": config.schema(Training),
+    }
+
+
+def is_first_process() -> bool:
+    """Whether this process owns the folder and the terminal."""
+    return bool(this_process().is_main_process)
 
 
 def takes_attack(stages: Any) -> bool:
@@ -169,6 +192,7 @@ def new_accelerator(precision: str, accumulate: int, seed: int) -> Accelerator:
     # Accelerate keeps one global state and refuses a second precision in one process.
     AcceleratorState._reset_state(True)
     return Accelerator(
+        cpu=on_cpu(),
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=accumulate,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),

@@ -85,7 +85,7 @@ class Probe:
         samples: int = 1,
         batch_size: int = 250,
     ) -> None:
-        self.victim = Victim(model, samples=samples)  # type: ignore[arg-type]
+        self.victim = Victim(model, samples=samples)
         self.network = network if network is not None else model
         self.images, self.labels, self.threat = images.detach().float(), labels, threat
         keys = torch.arange(len(images)) if indices is None else indices
@@ -103,7 +103,7 @@ class Probe:
     @cached_property
     def logits(self) -> Tensor:
         """(m, K) of the unperturbed images."""
-        parts = [self.victim.logits(batch) for batch in self.images.split(self.batch_size)]
+        parts = [self.victim.logits(batch) for batch in torch.split(self.images, self.batch_size)]
         return torch.cat(parts)
 
     @cached_property
@@ -178,7 +178,7 @@ class Probe:
         for step in range(steps + 1):
             if not len(active):
                 break
-            for rows in active.split(self.batch_size):
+            for rows in torch.split(active, self.batch_size):
                 points, labels = images_adv[rows], self.labels[rows]
                 logits, losses, gradient = self.gradient(points, labels, loss, wanted=step < steps)
                 survives[rows] &= logits.argmax(1) == labels

@@ -406,6 +406,8 @@ def _epoch(
             raise KeyboardInterrupt
         if stage.finished:
             break
+    if stage.accelerator.num_processes > 1:
+        sums = {key: stage.accelerator.reduce(total, "mean") for key, total in sums.items()}
     row = stage.finish_epoch(sums)
     progress.seconds = before + time.monotonic() - started
     bar.set_postfix({k: f"{row[k]:.3f}" for k in _SHOWN if k in row})

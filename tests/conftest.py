@@ -12,7 +12,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.fixture
 def shared():
-    """The folder with CIFAR-10 and published classifiers beside the checkout, where there is one."""
+    """The folder with CIFAR-10 and published classifiers beside the checkout, if there is one."""
     if not SHARED.is_dir():
         pytest.skip("needs the shared data beside the checkout")
     return SHARED

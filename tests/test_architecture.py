@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "robustify"
 LEVELS = [
-    {"errors"},
+    {"errors", "processes"},
     {"noise", "losses", "files", "frozen", "balance", "images", "charts", "gallery", "verdict"},
     {"threat", "fusion", "sensitivity", "journal", "rendering", "schema"},
     {"networks", "fold", "checkpoint", "sources", "plausible", "robustbench"},

@@ -56,8 +56,8 @@ def stage(digits, *, seed=0, poison_at=-1, max_steps=None, **settings):
     training = Training(**{"epochs": 3, "batch_size": 64, "lr": 0.05, **settings})
     return Stage(
         CrossEntropy(student=tiny(), poison_at=poison_at), train, validation, number=0,
-        settings=training, threat=loaded.threat, accelerator=harden.new_accelerator("fp32", training.accumulate, 0),
-        seed=seed, policy=loaded.policy, max_steps=max_steps,
+        settings=training, threat=loaded.threat, seed=seed, policy=loaded.policy,
+        accelerator=harden.new_accelerator("fp32", training.accumulate, 0), max_steps=max_steps,
     )  # fmt: skip
 
 

@@ -1,0 +1,68 @@
+"""The README: every command in it runs, the tree is the tree, the recipes are the recipes."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from robustify import config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line and not line.startswith("#")
+]
+SETUP = [line for line in COMMANDS if line.startswith("python3 -m venv")]
+SMALL = {  # what keeps a command within seconds; nothing else of it is changed
+    "distill": ["--max-steps", "1", "--limit", "8", "--suite", "fgsm"],
+    "evaluate": ["--limit", "8", "--suite", "fgsm"],
+}
+
+
+def test_the_two_commands_are_what_continuous_integration_runs():
+    assert len(SETUP) == 2
+    script = (ROOT / ".ci" / "run").read_text()
+    for heading in ("### Run the main job", "### Pass the tests"):
+        assert heading in README
+        assert f"block '{heading}'" in script
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in SETUP])
+def test_every_command_runs(command, folder):
+    words = shlex.split(command)
+    if words[0] == "robustify":
+        words = [sys.executable, "-m", "robustify", *words[1:], *SMALL.get(words[1], [])]
+    elif words[0] == "python":
+        words = [sys.executable, *words[1:]]
+        words[1] = str(ROOT / words[1])
+        words += ["--max-steps", "1"] if "compare" in words[1] else []
+    expanded = [str(p) for w in words for p in (sorted(folder.glob(w)) if "*" in w else [w])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        expanded, cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_the_tree_names_every_module_and_no_other():
+    tree = README.split("## The tree")[1].split("```")[1]
+    shown = set(re.findall(r"^    (\w+)\.py", tree, re.MULTILINE))
+    there = {path.stem for path in (ROOT / "robustify").glob("*.py")} - {"__init__", "__main__"}
+    assert shown == there
+
+
+def test_every_recipe_stands_in_the_table():
+    for name in config.names():
+        assert f"| `{name}` |" in README
