@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import platform
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def assess(
         bar.set_postfix_str(attack, refresh=False)
         bar.update()
 
-    with bar:
-        report = evaluate(
+    with bar, closing(journal) if journal is not None else nullcontext():
+        return evaluate(
             model, data.to_float(images).to(device), labels.to(device), suite=suite,
             norm=threat.norm, eps=threat.eps, seed=seed, batch_size=batch_size,
             class_names=dataset.class_names, sharded=True, decided=decided,
@@ -84,9 +85,6 @@ def assess(
             preprocessed=isinstance(model, Purified),
             done=journal.verdicts if journal is not None else None,
         )  # fmt: skip
-    if journal is not None:
-        journal.close()
-    return report
 
 
 def examine(

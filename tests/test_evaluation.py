@@ -183,7 +183,9 @@ def test_a_journal_survives_a_kill_at_any_byte(tmp_path):
         assert all(right == (image % 2 == 0) for image, right in known.items())
         resumed.record("square", 9, True)
         resumed.close()
-        assert Journal(folder, {"seed": 0}).verdicts["square"] == {9: True}
+        read = Journal(folder, {"seed": 0})
+        read.close()
+        assert read.verdicts["square"] == {9: True}
 
 
 def test_a_journal_of_another_evaluation_is_refused(tmp_path):

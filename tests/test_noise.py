@@ -28,7 +28,8 @@ def test_seeds_streams_and_keys_are_independent():
 def test_uniform_is_uniform_and_normal_is_normal():
     many = Noise(7, torch.arange(2000))
     uniform = many.uniform(torch.empty(2000, 100)).flatten()
-    assert uniform.min() >= 0 and uniform.max() < 1
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
     histogram = torch.histc(uniform, bins=100, min=0, max=1)
     expected = uniform.numel() / 100
     assert ((histogram - expected) ** 2 / expected).sum() < 160  # chi-squared, 99 degrees
