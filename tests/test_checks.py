@@ -322,6 +322,7 @@ def test_f8_restarts_against_the_closed_form():
     assert flag.measures[1].value == pytest.approx(gain.item())
     assert flag.measures[1].raised
     assert (flag.measures[2].value, flag.measures[2].raised) == (0, True)
+    assert torch.equal(probe.worst, torch.stack(stands).all(0))  # all restarts count
 
 
 def test_f8_looks_at_what_the_suite_left():
