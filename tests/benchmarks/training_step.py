@@ -1,6 +1,6 @@
 """PeerAiD's training step: ours against a plain transcription of the method, one CPU thread.
 
-    python tests/benchmarks/training_step.py [--student resnet18] [--size 32] [--batch 32] [--steps 3]
+    python tests/benchmarks/training_step.py [--student resnet18] [--size 32] [--batch 32]
 
 The transcription follows the published order of work: the adversarial images are forwarded twice,
 nothing is folded, memory is contiguous, the softmax of the target is taken anew in every attack
