@@ -54,13 +54,13 @@ class Journal:
         self.file.close()
 
     def _open(self) -> TextIO:
-        torn = self.path.is_file() and not self.path.read_bytes().endswith(b"\n")
-        new = not self.path.is_file() or self.path.stat().st_size == 0
-        file = self.path.open("a", encoding="utf-8")
-        if torn:
-            file.write("\n")
+        written = self.path.read_bytes() if self.path.is_file() else b""
+        new = b"\n" not in written  # killed while it said which evaluation it is: nothing is lost
+        file = self.path.open("w" if new else "a", encoding="utf-8")
         if new:
             file.write(json.dumps(self.identity) + "\n")
+        elif not written.endswith(b"\n"):
+            file.write("\n")
         file.flush()
         return file
 

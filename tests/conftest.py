@@ -16,3 +16,14 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("needs the shared data beside the checkout")
     return SHARED
+
+
+def pytest_addoption(parser):
+    """`--kills`: how often the soak kills each command."""
+    parser.addoption("--kills", type=int, default=200, help="kills per command of the soak")
+
+
+@pytest.fixture
+def kills(request):
+    """How many kills the soak is to survive."""
+    return request.config.getoption("--kills")

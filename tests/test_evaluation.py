@@ -186,6 +186,8 @@ def test_a_journal_survives_a_kill_at_any_byte(tmp_path):
         read = Journal(folder, {"seed": 0})
         read.close()
         assert read.verdicts["square"] == {9: True}
+        with pytest.raises(RunFolderError, match="another evaluation"):
+            Journal(folder, {"seed": 1})
 
 
 def test_a_journal_of_another_evaluation_is_refused(tmp_path):
