@@ -18,7 +18,7 @@ import time
 
 import pytest
 
-import robustify.examine  # noqa: F401
+import robustify.examine
 import robustify.harden  # noqa: F401  (imported here, so that no fork spends its life importing)
 from robustify.__main__ import main
 
