@@ -131,17 +131,6 @@ def transfer_gain(broken: Tensor, sources: str = "other models") -> Flag:
     return Flag.of("F6", [TRANSFER_GAIN.at_least(FEWEST_BROKEN, len(broken)).measure(gain, text)])
 
 
-def transferred(probe: Probe, name: str, surrogate: nn.Module) -> Tensor:
-    """(m,) bool: alive, and broken by the images of PGD on z / s against `surrogate`."""
-    other = Probe(surrogate, probe.images, probe.labels, probe.threat, batch_size=probe.batch_size)
-    run = other.climb(scaled, probe.alive, start=probe.start(), stay=probe.steps)
-    parts = [probe.victim.logits(adv) for adv in torch.split(run.images_adv, probe.batch_size)]
-    survives = torch.cat(parts).argmax(1) == probe.labels
-    probe.survivors[f"transfer from {name}"] = survives | ~probe.alive
-    probe.victim.passes += other.passes
-    return probe.alive & ~survives
-
-
 def ladder(probe: Probe, loss: Loss = scaled) -> tuple[Flag, tuple[tuple[float, float], ...]]:
     """F7: accuracy that rises with eps, or exceeds the largest class share at Linf 0.5; and the
     accuracy at each eps of the threat model's own norm.

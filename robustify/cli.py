@@ -142,6 +142,10 @@ def distill(
 @seed_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True)
 @click.option(
+    "--transfer-from", multiple=True, metavar="MODEL",
+    help="Also try what PGD finds on this model; may be repeated.",
+)  # fmt: skip
+@click.option(
     "--out", type=click.Path(path_type=Path),
     help="Leave the report there; an interrupted evaluation continues from what is there.",
 )  # fmt: skip
@@ -161,6 +165,7 @@ def evaluate(
     limit: int | None,
     seed: int,
     batch_size: int,
+    transfer_from: tuple[str, ...],
     out: Path | None,
     fail_under: float | None,
     as_json: bool,
@@ -176,7 +181,7 @@ def evaluate(
 
     content = examine(
         model, dataset=data, suite=suite, norm=norm, eps=eps or (), limit=limit, seed=seed,
-        batch_size=batch_size, out=out,
+        batch_size=batch_size, transfer_from=transfer_from, out=out,
     )  # fmt: skip
     if content is None:  # another process of this evaluation prints it
         return

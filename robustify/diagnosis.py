@@ -9,7 +9,7 @@ What the suite knows costs nothing and is used at every level: a transfer attack
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -67,7 +67,6 @@ def diagnose(
     outcomes: Sequence[AttackOutcome],
     level: str = "quick",
     network: nn.Module | None = None,
-    surrogates: Mapping[str, nn.Module] | None = None,
     reference: Reference | None = None,
     temperature: float | None = None,
     tiers: Sequence[str] = ("W",),
@@ -80,10 +79,10 @@ def diagnose(
     """Flags and verdict on the `outcomes` of `suite` for `images` (n, C, H, W) with `labels` (n,).
 
     `model` and `network` are those of `Probe`. The checks' own attacks run on the first
-    `check_images` and enter the worst case. `surrogates` are attacked for F6 at level full,
-    `reference` serves F14, `tiers` and `preprocessed` (a purifier in front, say) F15, `temperature`
-    F3, `attacked_in` F12. Leaves no trace in random states or the model. Raises `UsageError` for an
-    unknown level and a network in training mode, `ModelError` for fewer than two classes.
+    `check_images` and enter the worst case. `reference` serves F14, `tiers` and `preprocessed` (a
+    purifier in front, say) F15, `temperature` F3, `attacked_in` F12. Leaves no trace in random
+    states or the model. Raises `UsageError` for an unknown level and a network in training mode,
+    `ModelError` for fewer than two classes.
     """
     if level not in LEVELS:
         raise UsageError(f"expected checks of {', '.join(LEVELS)}, got {level!r}")
@@ -95,7 +94,7 @@ def diagnose(
         steps=STAY if level == "always" else STEPS, batch_size=batch_size,
     )  # fmt: skip
     _require_eval(probe.network)
-    measure = _Measurements(probe, known, dict(surrogates or {}), LEVELS[level])
+    measure = _Measurements(probe, known, LEVELS[level])
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices), torch.autocast(images.device.type, enabled=False):
         torch.manual_seed(seed)  # of a randomised model; the checks have their own
@@ -129,10 +128,9 @@ class _Measurements:
         self,
         probe: Probe,
         known: _Known,
-        surrogates: dict[str, nn.Module],
         wanted: Sequence[str],
     ) -> None:
-        self.probe, self.known, self.surrogates, self.wanted = probe, known, surrogates, wanted
+        self.probe, self.known, self.wanted = probe, known, wanted
         self.curve: tuple[tuple[float, float], ...] = ()
         adapted = not known.kinds or known.kinds & _SCALE_FREE
         self.loss: Loss = scaled if adapted else cross_entropy  # F7, F8: that of the headline set
@@ -190,16 +188,9 @@ class _Measurements:
         return checks.black_box_gain(self.known.by_black_box)
 
     def _transfer(self) -> Flag:
-        if self.known.by_transfer is None and not self.surrogates:
+        if self.known.by_transfer is None:
             return Flag.not_measured("F6", "no other model to transfer from")
-        broken = torch.zeros(len(self.probe.labels), dtype=torch.bool)
-        if self.known.by_transfer is not None:
-            broken = self.known.by_transfer
-        if "F6" in self.wanted:
-            for name, surrogate in self.surrogates.items():
-                new = checks.transferred(self.probe, name, surrogate).cpu()
-                broken = broken[: len(new)] | new
-        return checks.transfer_gain(broken)
+        return checks.transfer_gain(self.known.by_transfer)
 
     def _ladder(self) -> Flag:
         flag, self.curve = checks.ladder(self.probe, self.loss)

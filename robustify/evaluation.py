@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robustify.attacks.passes import Passes
 from robustify.attacks.suite import AttackOutcome, Suite, make_suite, run_suite
+from robustify.attacks.transfer import Transfer
 from robustify.attacks.victim import Victim
 from robustify.diagnosis import Findings, diagnose
 from robustify.errors import DataError, ModelError
@@ -217,6 +218,7 @@ def evaluate(
     reference: Reference | None = None,
     temperature: float | None = None,
     preprocessed: bool = False,
+    transfer_from: Mapping[str, nn.Module] | None = None,
     decided: Callable[[str, int, bool], None] = lambda attack, image, right: None,
     done: Mapping[str, Mapping[int, bool]] | None = None,
 ) -> Report:
@@ -231,15 +233,24 @@ def evaluate(
     The verdict rests on `checks`: full, quick or always (by default full with the suites standard
     and plus, quick with fast, always otherwise). `reference` says what the model is, for the
     plausibility gate, `temperature` at which it was distilled, `preprocessed` that something like
-    a purifier stands in front. The checks' own attacks enter the worst case. Raises `UsageError`
-    for an unknown suite, `DataError` for images or labels that do not fit, `ModelError` for a model
-    that does not return finite logits.
+    a purifier stands in front. What withstands the suite is tried with images crafted on each model
+    of `transfer_from`. The checks' own attacks enter the worst case. Raises `UsageError` for an
+    unknown suite, `DataError` for images or labels that do not fit, `ModelError` for a model that
+    does not return finite logits, or one to transfer from that has other classes.
     """
     threat = ThreatModel(norm, eps)
     started = time.monotonic()
     network, classes = _check(model, images, labels)
     run = _Run(network, images, labels, threat, batch_size, seed, sharded, decided, done or {})
-    outcomes = run.suite(make_suite(suite, threat, classes), torch.arange(len(images)))
+    attacks = make_suite(suite, threat, classes)
+    others = {
+        name: _surrogate(name, other, images, labels, classes)
+        for name, other in (transfer_from or {}).items()
+    }
+    if others:
+        attacks = replace(attacks, attacks=(*attacks.attacks, Transfer(others)))
+    with evaluating(*others.values()):
+        outcomes = run.suite(attacks, torch.arange(len(images)))
     if suite == "fast" and black_box_beats_white_box(outcomes):
         survivors = outcomes[-1].survivors.nonzero().squeeze(1)
         standard = make_suite("standard", threat, classes)
@@ -347,9 +358,10 @@ class _Run:
 
 
 def black_box_beats_white_box(outcomes: Sequence[AttackOutcome]) -> bool:
-    """Whether Square, run last, broke more than 0.2 points of all images (AutoAttack's own bound),
-    and at least 3 (our choice), that all gradient attacks had left."""
-    before, after = outcomes[-2].survivors, outcomes[-1].survivors
+    """Whether Square broke more than 0.2 points of all images (AutoAttack's own bound), and at
+    least 3 (our choice), that all gradient attacks before it had left."""
+    square = [outcome.name for outcome in outcomes].index("square")
+    before, after = outcomes[square - 1].survivors, outcomes[square].survivors
     broken = int((before & ~after).sum())
     return broken >= 3 and broken > 0.002 * len(after)
 
@@ -417,6 +429,19 @@ def _check(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[nn.Module,
             f"{int(labels.min())} to {int(labels.max())}"
         )
     return network, classes
+
+
+def _surrogate(
+    name: str, other: nn.Module, images: Tensor, labels: Tensor, classes: int
+) -> nn.Module:
+    """A model to transfer from, as a map to logits, or the error that says why it cannot be."""
+    network, its_classes = _check(other, images, labels)
+    if its_classes != classes:
+        raise ModelError(
+            f"expected a model with {classes} classes to transfer from, got {name} with "
+            f"{its_classes}"
+        )
+    return network
 
 
 def _per_image(passes: Passes, n: int) -> dict[str, float]:

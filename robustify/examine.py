@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def assess(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 250,
+    transfer_from: Mapping[str, Classifier] | None = None,
     out: Path | None = None,
 ) -> Report:
     """`evaluate` on the first `limit` images of the test split, over all processes, with progress.
@@ -61,6 +62,7 @@ def assess(
             "threat_model": vars(threat),
             "suite": suite,
             "seed": seed,
+            "transfer_from": sorted(map(models.weights_hash, (transfer_from or {}).values())),
         }
         journal = Journal(out / "verdicts", identity, process=process.process_index)
     bar = tqdm(unit="verdict", disable=not process.is_main_process, mininterval=1, desc=suite)
@@ -83,6 +85,7 @@ def assess(
             ),
             temperature=model.about.get("record", {}).get("temperature"),
             preprocessed=isinstance(model, Purified),
+            transfer_from=transfer_from,
             done=journal.verdicts if journal is not None else None,
         )  # fmt: skip
 
@@ -97,13 +100,15 @@ def examine(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 250,
+    transfer_from: Sequence[str] = (),
     out: Path | None = None,
 ) -> dict[str, Any] | None:
     """`robustify evaluate`: the content of a report on any model that `models.load` understands;
     None in every process but the first.
 
     Data set and threat model are those named in the model's metadata, unless given. The first of
-    several `eps` is the headline, all of them together the curve.
+    several `eps` is the headline, all of them together the curve. `transfer_from` names further
+    models; what PGD finds on them is tried on this one.
     """
     classifier = models.load(model)
     process = this_process()
@@ -115,9 +120,13 @@ def examine(
     fit_together(classifier, loaded, model)
     known = classifier.about.get("threat_model") or vars(loaded.threat)
     threats = [ThreatModel(norm or known["norm"], value) for value in eps or (known["eps"],)]
+    surrogates = {other: models.load(other).to(process.device) for other in transfer_from}
+    for other, surrogate in surrogates.items():
+        fit_together(surrogate, loaded, other)
     reports = [
         assess(classifier, loaded, threat, suite=suite, limit=limit, seed=seed,
-               batch_size=batch_size, out=out and out / f"eps-{threat.eps:.6g}")
+               batch_size=batch_size, transfer_from=surrogates,
+               out=out and out / f"eps-{threat.eps:.6g}")
         for threat in threats
     ]  # fmt: skip
     if not process.is_main_process:

@@ -1,6 +1,8 @@
 """Every check on a model that deserves its flag, with the number known beforehand, and on trained
 networks that deserve none."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch import nn
 from robustify import checks, data
 from robustify.attacks.pgd import pgd
 from robustify.attacks.suite import make_suite, run_suite
+from robustify.attacks.transfer import Transfer
 from robustify.diagnosis import LEVELS, diagnose
 from robustify.errors import ModelError, UsageError
 from robustify.fold import constant
@@ -526,11 +529,12 @@ def robust():
     return [_trained(seed, True) for seed in range(3)]
 
 
-def diagnosed(model, images, labels, threat=DIGITS, suite="fast", **settings):
+def diagnosed(model, images, labels, threat=DIGITS, suite="fast", transfer_from=None, **settings):
     classes = model.eval()(images[:1]).shape[1]
-    outcomes = run_suite(
-        model, images, labels, suite=make_suite(suite, threat, classes), threat=threat
-    )
+    attacks = make_suite(suite, threat, classes)
+    if transfer_from:
+        attacks = replace(attacks, attacks=(*attacks.attacks, Transfer(transfer_from)))
+    outcomes = run_suite(model, images, labels, suite=attacks, threat=threat)
     return diagnose(model, images, labels, threat, suite=suite, outcomes=outcomes, **settings)
 
 
@@ -555,9 +559,9 @@ def test_trained_networks_raise_nothing(kind, seed, request):
 def test_trained_networks_raise_nothing_at_full_length(kind, seed, request):
     nets = request.getfixturevalue(kind)
     model, images, labels = nets[seed]
-    surrogates = {"another seed": nets[(seed + 1) % 3][0]}
+    others = {"another seed": nets[(seed + 1) % 3][0]}
     findings = diagnosed(
-        model, images, labels, suite="standard", level="full", surrogates=surrogates
+        model, images, labels, suite="standard", level="full", transfer_from=others
     )
     assert [flag.name for flag in findings.flags if flag.raised is not False] == []
     assert findings.verdict.status == "reliable"
@@ -601,10 +605,7 @@ def test_a_broken_model_is_reliable_at_zero_and_said_to_mask_gradients():
 def test_a_rounding_wrapper_raises_what_it_should():
     inner, images, labels = linear(1e3)
     model = Rounded(inner)
-    found = diagnosed(
-        model, images, labels, LINF, suite="apgd-ce,apgd-margin,square", level="full",
-        surrogates={"the unwrapped model": inner},
-    )  # fmt: skip
+    found = diagnosed(model, images, labels, LINF, suite="apgd-ce,apgd-margin,square", level="full")
     flags = {flag.name: flag for flag in found.flags}
     assert all(flags[name].raised for name in ("F1", "F2", "F5"))
     assert flags["F1"].measures[1].value == 1
@@ -613,9 +614,12 @@ def test_a_rounding_wrapper_raises_what_it_should():
     probe = probe_of(model, images, labels)
     assert checks.movement(probe).value == 0
     assert probe.accuracy(probe.naive.survives) > 0.5
-    broken = checks.transferred(probe, "the unwrapped model", inner)
-    assert checks.transfer_gain(broken).raised
-    assert broken.float().mean() > 0.8
+    transferred = diagnosed(
+        model, images, labels, LINF, suite="apgd-ce,apgd-margin",
+        transfer_from={"the unwrapped model": inner},
+    )  # fmt: skip
+    assert next(flag for flag in transferred.flags if flag.name == "F6").raised
+    assert transferred.survivors.float().mean() < 0.2
     searched = probe_of(model, images, labels, alive=probe.alive & probe.naive.survives)
     assert checks.random_search(searched).value > 20
 

@@ -141,6 +141,27 @@ def test_hostile_input_is_refused_in_one_line(change, error, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_that_hides_its_gradient_falls_to_images_of_another():
+    model, images, labels, distance = toy(120)
+    blunt, _, _, _ = toy(120)
+    blunt.answer = lambda z: z.round()  # no gradient; the classes stay
+    assert (blunt.eval()(images).argmax(1) == labels).float().mean() > 0.9
+    eps = float(distance.max())
+    attacks = {"suite": "apgd-ce", "eps": eps}
+    alone = evaluate(blunt, images, labels, **attacks)
+    report = evaluate(blunt, images, labels, **attacks, transfer_from={"open": model})
+    assert alone.attacks["apgd-ce"] > 0.8
+    assert report.attacks["transfer"] < 0.1
+    flags = {flag.name: flag for flag in report.findings.flags}
+    assert flags["F6"].raised
+    assert model.training  # as it came
+    with pytest.raises(ModelError, match="2 classes to transfer from, got wide with 4"):
+        evaluate(
+            model, images, labels, **attacks,
+            transfer_from={"wide": toy(answer=lambda z: z.repeat(1, 2))[0]},
+        )  # fmt: skip
+
+
 def test_at_eps_zero_nothing_is_attacked_and_nothing_is_claimed():
     model, images, labels, _ = toy()
     report = evaluate(model, images, labels, suite="pgd", eps=0.0)

@@ -77,20 +77,28 @@ def test_scale_free_losses_break_saturated_logits():
         assert not survivors(model, images, labels, attack, threat)[near].any()
 
 
-def test_transfer_takes_the_candidate_of_each_index():
+def test_transfer_tries_what_each_surrogate_finds():
     model, threat = Linear((1, 8, 8)), ThreatModel("Linf", 0.02)
     images = some_images(40, low=0.35)
     labels = model(images).argmax(1)
-    slope = model.weight[1 - labels] - model.weight[labels]
-    crafted = images + threat.eps * slope.sign()
     near = model.distances(images, labels, 1) < threat.eps * 0.99
-    useless = torch.full_like(images, torch.nan)
-    suite = Suite("transfer", (Transfer({"useless": useless, "twin": crafted}),))
-    indices = torch.arange(39, -1, -1)
-    outcome = run_suite(
-        model, images[indices], labels[indices], suite=suite, threat=threat, indices=indices
-    )[-1]
-    assert torch.equal(outcome.survivors, ~near[indices])
+    assert near.any()
+    assert not near.all()
+
+    def blind(images):
+        return images.flatten(1)[:, :2] * torch.nan
+
+    def survivors_of(surrogates, indices):
+        suite = Suite("transfer", (Transfer(surrogates),))
+        return run_suite(
+            model, images[indices], labels[indices], suite=suite, threat=threat, indices=indices
+        )[-1].survivors
+
+    backwards = torch.arange(39, -1, -1)
+    found = survivors_of({"useless": blind, "twin": model}, backwards)
+    assert torch.equal(found, ~near[backwards])
+    assert torch.equal(survivors_of({"twin": model}, backwards[:7]), found[:7])
+    assert survivors_of({"useless": blind}, backwards).float().mean() > 0.8  # chance alone
 
 
 def test_averaged_gradients_see_through_noise():
