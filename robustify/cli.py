@@ -222,18 +222,44 @@ def attach(purifier: str, classifier: str, out: Path, as_json: bool, **options: 
 @robustify.command("report")
 @click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Write a comparison here, as HTML.")
+@click.option(
+    "--robustbench", type=click.Path(path_type=Path), metavar="FILE",
+    help="Write the run's entry for RobustBench here; refused unless everything is as theirs.",
+)  # fmt: skip
+@click.option("--additional-data", is_flag=True, help="The entry: more than the training images.")
+@click.option(
+    "--paper", "paper", multiple=True, metavar="KEY=VALUE",
+    help="The entry: name, authors, link, venue or footnote.",
+)  # fmt: skip
 @as_json
-def rebuild_report(folders: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+def rebuild_report(
+    folders: tuple[Path, ...],
+    out: Path | None,
+    robustbench: Path | None,
+    additional_data: bool,
+    paper: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Rebuild the pages of one run from its report.json, or compare several runs.
 
     \b
     robustify report runs/peeraid-resnet18-digits
     robustify report runs/* --out comparison.html
+    robustify report runs/mine --robustbench Mine2026.json --paper authors="A, B"
     """
     from robustify import comparison, report
     from robustify.files import atomic_write
 
     contents = [report.read(folder) for folder in folders]
+    if robustbench is not None:
+        from robustify.robustbench import export
+
+        if len(contents) > 1:
+            raise UsageError(f"expected one folder with --robustbench, got {len(contents)}")
+        entry = export(contents[0], paper, additional_data=additional_data)
+        atomic_write(robustbench, json.dumps(entry, indent=2) + "\n")
+        click.echo(json.dumps(entry, indent=2) if as_json else robustbench)
+        return
     if as_json:
         click.echo(json.dumps(contents if len(contents) > 1 else contents[0], indent=2))
         return

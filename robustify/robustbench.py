@@ -9,7 +9,7 @@ lists by name; whether the images are those 5,000 cannot be seen from a report.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from robustify.errors import UsageError
@@ -21,6 +21,7 @@ LEADERBOARDS = {
     ("cifar100", "Linf"): ("8/255", 8 / 255, 10_000),
     ("imagenet", "Linf"): ("4/255", 4 / 255, 5_000),
 }
+PAPER = ("name", "authors", "link", "venue", "footnote")
 NAMES = {"imagenet1k": "imagenet", "ilsvrc2012": "imagenet"}
 
 
@@ -59,6 +60,22 @@ def model_info(
         "unreliable": content["verdict"]["status"] == "suspect",
     }
     return {**entry, "footnote": footnote} if footnote else entry
+
+
+def export(
+    content: Mapping[str, Any], paper: Sequence[str], *, additional_data: bool
+) -> dict[str, Any]:
+    """`model_info` with the paper given as "key=value" texts.
+
+    Raises `UsageError` for a key that is not one of `PAPER`.
+    """
+    fields = {}
+    for text in paper:
+        key, separator, value = text.partition("=")
+        if not separator or key not in PAPER:
+            raise UsageError(f"expected KEY=VALUE with a key of {', '.join(PAPER)}, got {text!r}")
+        fields[key] = value
+    return model_info(content, additional_data=additional_data, **fields)
 
 
 def _leaderboard(content: Mapping[str, Any]) -> tuple[str, str]:

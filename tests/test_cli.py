@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from reports import minimal
 from PIL import Image
 
 from robustify.__main__ import main
@@ -100,6 +101,42 @@ def test_several_eps_give_a_curve(run, trained):
     )
     assert code == 0
     assert [point["eps_text"] for point in json.loads(out)["curve"]] == ["0", "8/255"]
+
+
+def test_transfer_from_another_model_is_one_more_attack(run, trained, tmp_path):
+    attacked = ("evaluate", trained, "--limit", 5, "--suite", "fgsm", "--json")
+    code, out, _ = run(*attacked, "--transfer-from", trained / "model.safetensors")
+    assert code == 0
+    names = [row["name"] for row in json.loads(out)["attacks"]]
+    assert names == ["fgsm", "transfer", "checks"]
+    code, out, err = run(*attacked, "--transfer-from", tmp_path / "absent")
+    assert code != 0
+    assert not out
+    assert err.count("\n") == 1
+    assert "absent" in err
+
+
+def test_an_entry_for_robustbench_is_refused_with_the_reason(run, trained, tmp_path):
+    code, _, err = run("report", trained, "--robustbench", tmp_path / "entry.json")
+    assert code != 0
+    assert "expected data and norm of RobustBench" in err
+    assert not (tmp_path / "entry.json").exists()
+
+
+def test_an_entry_for_robustbench_is_written(run, tmp_path):
+    content = minimal(10_000, 8500, 5000)
+    content["data"]["name"], content["suite"] = "cifar10", "standard"
+    content["threat_model"] = {"norm": "Linf", "eps": 8 / 255, "eps_text": "8/255"}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps(content))
+    code, out, _ = run(
+        "report", folder, "--robustbench", "mine.json", "--paper", "authors=A, B", "--json"
+    )
+    assert code == 0
+    entry = json.loads((tmp_path / "mine.json").read_text())
+    assert json.loads(out) == entry
+    assert (entry["autoattack_acc"], entry["authors"]) == ("50.00", "A, B")
 
 
 def test_dry_run_says_what_would_happen_and_leaves_nothing(run, tmp_path):

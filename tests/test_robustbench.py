@@ -4,7 +4,7 @@ import pytest
 from reports import minimal
 
 from robustify.errors import UsageError
-from robustify.robustbench import model_info
+from robustify.robustbench import export, model_info
 
 ACCEPTED = [
     ("cifar10", "Linf", 8 / 255, 10_000, "cifar10", "8/255"),
@@ -64,3 +64,12 @@ def test_training_images_are_refused():
     content["data"]["split"] = "train"
     with pytest.raises(UsageError, match="test split"):
         model_info(content, additional_data=False)
+
+
+def test_the_paper_is_given_as_texts():
+    entry = export(evaluated(), ["name=A = B", "venue=ICML 2026"], additional_data=True)
+    assert entry["name"] == "A = B"
+    assert entry == model_info(evaluated(), additional_data=True, name="A = B", venue="ICML 2026")
+    for wrong in ("name", "year=2026"):
+        with pytest.raises(UsageError, match="expected KEY=VALUE with a key of name, authors"):
+            export(evaluated(), [wrong], additional_data=False)
