@@ -100,6 +100,17 @@ def test_saturated_logits_defeat_pgd_and_the_report_shows_both():
     assert full["robust_accuracy"] < 0.3
 
 
+def test_a_suite_on_cross_entropy_alone_is_not_called_adaptive():
+    model, images, labels, _ = toy()
+    tiers = {}
+    for suite in ("pgd", "apgd-ce,apgd-dlr"):
+        report = evaluate(model, images, labels, suite=suite, eps=EPS / 4, checks="always")
+        row = json.loads(report.to_json())["side_by_side"][-1]
+        assert row["name"] == f"suite {suite}"
+        tiers[suite] = row["tier"]
+    assert tiers == {"pgd": "naive", "apgd-ce,apgd-dlr": "adaptive"}
+
+
 @pytest.mark.parametrize(
     "answer", [lambda z: (z, "more"), lambda z: SimpleNamespace(logits=z)], ids=["tuple", ".logits"]
 )

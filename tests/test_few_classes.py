@@ -6,7 +6,7 @@ from PIL import Image
 from robustify import data, distill
 from robustify.examine import examine
 
-SUITES = {"fast": 120, "standard": 40, "plus": 20, "rand": 40, "pgd": 120}  # -> images
+SUITES = {"fast": 100, "standard": 16, "plus": 6, "rand": 10, "pgd": 100}  # -> images
 
 
 @pytest.fixture(params=[2, 3, 4, 8])
