@@ -17,7 +17,6 @@ from robustify.classifier import Classifier
 from robustify.errors import ModelError, RobustifyError
 from robustify.examine import assess, fit_together
 from robustify.purifier import (
-    CLASSIFIER_FOLDER,
     Purified,
     SavedPurifier,
     facts,
@@ -28,6 +27,7 @@ from robustify.report import write_report
 from robustify.run_folder import RunFolder
 from robustify.threat import Norm, ThreatModel
 from robustify.tiers import extend
+from robustify.weights import CLASSIFIER_FOLDER
 
 log = logging.getLogger(__name__)
 
