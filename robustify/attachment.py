@@ -88,7 +88,8 @@ def attach(
 def described(pair: Purified) -> dict[str, Any]:
     """What a report says about the model."""
     recorded = {key: pair.about.get(key) for key in ("transferred", "threat_model")}
-    return {**models.describe(pair), **facts(pair), **recorded}
+    described = {**models.describe(pair), "weights_hash": models.weights_hash(pair)}
+    return {**described, **facts(pair), **recorded}
 
 
 def _saved(purifier: str | Path) -> SavedPurifier:

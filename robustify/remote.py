@@ -69,7 +69,9 @@ class Repository:
     def lacks(self, what: str) -> HubError:
         """The error that it does not have `what`, or that nobody can tell."""
         if self.silence is not None:
-            return HubError(refusal(f"get {self.name}", self.silence))
+            return HubError(
+                f"could not get {self.name}: it is not in the cache, and {_cause(self.silence)}"
+            )
         return HubError(f"could not get {self.name}: it has no {what}; check the name")
 
 
@@ -108,14 +110,15 @@ def _may_be_cached(error: BaseException) -> bool:
 
 def _cause(error: BaseException) -> str:
     """The order matters: gated is a kind of missing, and all of these are kinds of HTTP errors."""
+    while isinstance(error, RuntimeError) and error.__cause__:  # how the client wraps an upload's
+        error = error.__cause__
     causes: list[tuple[type[BaseException], str]] = [
         (hub_errors.GatedRepoError, "access to it must be asked for on its page; then set "
          "HF_TOKEN"),
         (hub_errors.RevisionNotFoundError, "it has no such revision: check what follows the @"),
         (hub_errors.DisabledRepoError, "the Hub has disabled access to it"),
         (hub_errors.HFValidationError, "write it as user/repo or user/repo@revision"),
-        (hub_errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set and it is not in the cache; unset "
-         "it to download"),
+        (hub_errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set: unset it to use the network"),
         (hub_errors.LocalTokenNotFoundError, "no token was found: log in with `hf auth login`, or "
          "set HF_TOKEN"),
         (hub_errors.LocalEntryNotFoundError, "the connection broke: check the network and run the "
@@ -128,8 +131,8 @@ def _cause(error: BaseException) -> str:
         return _answered(error)
     if isinstance(error, _TRANSPORT | ConnectionError | TimeoutError):
         return (
-            f"{constants.ENDPOINT} cannot be reached, and it is not in the cache "
-            f"({_line(error)}): check the network, HF_ENDPOINT and HF_HOME"
+            f"the connection to {constants.ENDPOINT} failed ({_line(error)}): check the network "
+            "and HF_ENDPOINT, then run the same command again"
         )
     return _line(error)
 
@@ -137,8 +140,6 @@ def _cause(error: BaseException) -> str:
 def _answered(error: hub_errors.HfHubHTTPError) -> str:
     status = error.response.status_code
     said = error.response.headers.get("X-Error-Message") or error.server_message or ""
-    if status == 401 and "Invalid" in said:
-        return _BY_STATUS[401]
     if isinstance(error, hub_errors.RepositoryNotFoundError):
         return (
             "there is no such repository, or it is private: check the name, or log in with "
