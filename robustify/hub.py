@@ -6,7 +6,6 @@ checkpoint, no log. A new repository is private unless told otherwise.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from robustify import __version__, models, report
 from robustify.card import card
@@ -25,7 +26,6 @@ from robustify.weights import CLASSIFIER_FOLDER
 ALLOWED = frozenset({".safetensors", ".json", ".yaml", ".yml", ".md", ".html", ".png", ".jpg",
                      ".jpeg", ".webp", ".gif", ".svg"})  # fmt: skip
 CARD_FILE = "README.md"
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def prepare(folder: str | Path, repo_id: str) -> Upload:
     repository's.
     """
     folder = Path(folder)
-    if not _REPOSITORY.fullmatch(repo_id) or ".." in repo_id:
-        raise UsageError(f"expected a repository as user/name, got {repo_id!r}")
+    _require_repository(repo_id)
     if not folder.is_dir():
         raise RunFolderError(f"expected a folder that distill or attach left, got {folder}")
     classifier, content = models.load(folder), report.read(folder)
@@ -124,6 +123,17 @@ def described(upload: Upload, pushed: Pushed | None = None) -> dict[str, Any]:
     return {**plan, "card": upload.card} if pushed is None else {**plan, **asdict(pushed)}
 
 
+def _require_repository(repo_id: str) -> None:
+    try:
+        if repo_id.count("/") != 1:
+            raise HFValidationError("it has no slash, or more than one")
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(
+            f"expected a repository as user/name, got {repo_id!r}: {' '.join(str(error).split())}"
+        ) from None
+
+
 def _operations(upload: Upload) -> list[CommitOperationAdd]:
     return [
         CommitOperationAdd(
@@ -160,7 +170,7 @@ def _require_same(classifier: Classifier, reported: dict[str, Any], folder: Path
         if reported.get(key, value) != value:
             raise ModelError(
                 f"expected report.json in {folder} to be about the weights beside it, but its "
-                f"{key} is {reported[key]}, not {value}; evaluate them with robustify evaluate {folder} "
+                f"{key} is {reported[key]}, not {value}; run robustify evaluate {folder} "
                 f"--out {folder}"
             )
 

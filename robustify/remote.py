@@ -37,8 +37,8 @@ _BY_STATUS = {
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository at the commit that its name stands for now, and the names of its files; or,
-    where the Hub gave no answer (`silence` says why), as it is in the cache."""
+    """A repository and the names of its files; or, where the Hub gave no answer (`silence` says
+    why), what of it is in the cache."""
 
     name: str
     repo_id: str
@@ -87,7 +87,7 @@ def find(name: str, kind: Kind = "model") -> Repository:
             raise HubError(refusal(f"get {name}", error)) from error
         return Repository(name, repo_id, revision or None, silence=error)
     files = frozenset(sibling.rfilename for sibling in found.siblings or ())
-    return Repository(name, repo_id, found.sha, files)
+    return Repository(name, repo_id, revision or None, files)
 
 
 def require_reachable(repo_id: str, file: str) -> None:
