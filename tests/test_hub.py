@@ -8,6 +8,7 @@ a folder that has it: pip install --target DIR "huggingface_hub>=1,<2".
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,11 +19,13 @@ import huggingface_hub
 import pytest
 import torch
 from hub_server import Hub, serving
+from huggingface_hub import ModelCard
 
 from robustify import evaluate, hub, models
 from robustify.data import load as load_data
 from robustify.data import to_float
 from robustify.errors import ModelError, RunFolderError, UsageError
+from robustify.purifier import Purified, Purifier
 from robustify.report import read, write_report
 
 TOKENS = {"hf_ann": "ann", "hf_bob": "bob"}
@@ -102,7 +105,7 @@ def repository(request):
 
 def run_folder(path, classifier, about=None):
     """What `distill` leaves of a classifier, evaluated on 24 digits."""
-    digits = load_data("digits")
+    digits = load_data("digits", image_size=classifier.image_size)
     images, labels, _ = digits.test.take(24).__getitems__(range(24))
     models.save(classifier, path, {"recipe": "pgd_at", "data": "digits", **(about or {})})
     report = evaluate(classifier, to_float(images), labels, suite="fgsm", eps=0.05)
@@ -179,36 +182,29 @@ def test_evaluated_from_the_hub_it_has_the_numbers_of_its_report(client, folder,
     assert got["model"]["weights_hash"] == expected["model"]["weights_hash"]
 
 
-def test_timm_and_transformers_load_it_from_the_hub_without_robustify(client, tmp_path, repository):
-    classifier = small("resnet18", in_chans=3, image_size=72)
-    run_folder_of_another_size(tmp_path / "run", classifier)
-    code, _, err = client.run("push", tmp_path / "run", repository)
-    assert code == 0, err
-    images = torch.rand(2, 3, 72, 72, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    ("architecture", "size"), [("resnet20_cifar", 8), ("mobilenetv3_small_050", 72)]
+)
+def test_every_way_to_load_on_the_card_works(client, tmp_path, repository, architecture, size):
+    """The card's own code, run as it stands there, gives the logits of the network."""
+    classifier = small(architecture, image_size=size, mean=(0.3,), std=(0.25,))
+    folder = run_folder(tmp_path / "run", classifier)
+    assert client.run("push", folder, repository)[0] == 0
+    blocks = re.findall(r"```python\n(.*?)```", hub.prepare(folder, repository).card, re.DOTALL)
+    assert len(blocks) == (2 if architecture == "resnet20_cifar" else 3)
+    pixels = torch.arange(size * size).view(1, 1, size, size) % 256
     with torch.no_grad():
-        expected = classifier.module(images)
-    out = client.python(
-        "import timm, torch\n"
-        "from transformers import AutoModelForImageClassification as Auto\n"
-        "images = torch.rand(2, 3, 72, 72, generator=torch.Generator().manual_seed(0))\n"
-        "with torch.no_grad():\n"
-        f"    a = timm.create_model('hf-hub:{repository}', pretrained=True).eval()(images)\n"
-        f"    b = Auto.from_pretrained({repository!r}).eval()(images).logits\n"
-        "print(a.equal(b), a.flatten().tolist())"
-    )
-    equal, _, numbers = out.partition(" ")
-    assert equal == "True"
-    assert torch.equal(torch.tensor(json.loads(numbers)).view(2, 10), expected)
-
-
-def run_folder_of_another_size(path, classifier):
-    """The same folder with the report of another: this test is about loading."""
-    run_folder(path, small())
-    (path / "model.safetensors").unlink()
-    models.save(classifier, path)
-    content = read(path)
-    content["model"] = models.describe(classifier)
-    (path / "report.json").write_text(json.dumps(content))
+        expected = classifier(pixels / 255)
+    blocks[-1] += "logits = classifier(pixels / 255)\n"
+    for block in blocks:
+        out = client.python(
+            "import torch\nfrom PIL import Image\n"
+            f"pixels = torch.arange({size * size}).view(1, 1, {size}, {size}) % 256\n"
+            "image = Image.fromarray(pixels[0, 0].byte().numpy())\n"
+            f"{block}\nprint(logits.flatten().tolist())"
+        )
+        found = torch.tensor(json.loads(out.splitlines()[-1])).view(1, 10)
+        assert torch.allclose(found, expected, atol=1e-5), block
 
 
 def test_a_second_push_changes_nothing(client, server, folder, repository):
@@ -457,3 +453,55 @@ def test_python_pushes_as_the_command_does(client, server, folder, repository):
         f"import robustify; print(robustify.push({str(folder)!r}, {repository!r}).address)"
     )
     assert out == f"{server.url}/{repository}\n"
+
+
+def test_a_purified_model_goes_there_and_back(client, server, tmp_path, repository):
+    torch.manual_seed(4)
+    pair = Purified(Purifier(1, (8, 1)), small(), about={"recipe": "purifier", "data": "digits"})
+    folder = tmp_path / "pair"
+    models.save(pair, folder)
+    digits = load_data("digits")
+    images, labels, _ = digits.test.take(8).__getitems__(range(8))
+    report = evaluate(pair, to_float(images), labels, suite="fgsm", eps=0.05)
+    write_report(folder, report, model=models.describe(pair), data=digits)
+    code, _, err = client.run("push", folder, repository)
+    assert code == 0, err
+    there = server.contents(repository)
+    assert sorted(there) == ["README.md", "classifier/config.json", "classifier/model.safetensors",
+                             "purifier.safetensors", "report.html", "report.json",
+                             "report.md"]  # fmt: skip
+    assert ModelCard(there["README.md"].decode()).data.library_name == "robustify"
+    out = client.python(
+        "import robustify, torch\n"
+        f"pair = robustify.load('hf-hub:{repository}')\n"
+        "images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))\n"
+        "print(pair(images).flatten().tolist())"
+    )
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.tensor(json.loads(out)).view(2, 10), pair.eval()(images))
+
+
+def test_a_transformers_model_goes_there_and_back(client, tmp_path, repository):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1],
+                                         num_channels=1, num_labels=10)  # fmt: skip
+    transformers.ConvNextForImageClassification(config).save_pretrained(tmp_path / "theirs")
+    processor = {"image_mean": [0.3], "image_std": [0.2], "size": {"shortest_edge": 32}}
+    (tmp_path / "theirs" / "preprocessor_config.json").write_text(json.dumps(processor))
+    student = models.adapt(tmp_path / "theirs", num_classes=10, in_chans=1, image_size=32,
+                           class_names=tuple("0123456789"))  # fmt: skip
+    folder = run_folder(tmp_path / "run", student)
+    code, _, err = client.run("push", folder, repository)
+    assert code == 0, err
+    assert "preprocessor_config.json" in err
+    out = client.python(
+        "import robustify, torch\n"
+        "from transformers import AutoImageProcessor, AutoModelForImageClassification as Auto\n"
+        "images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))\n"
+        f"ours = robustify.load('hf-hub:{repository}')\n"
+        f"theirs = Auto.from_pretrained({repository!r}).eval()\n"
+        "print(theirs(ours.normalize(images)).logits.equal(ours(images)))\n"
+        "print(theirs.config.id2label[3])\n"
+        f"print(*AutoImageProcessor.from_pretrained({repository!r}).image_mean)"
+    )
+    assert out.split() == ["True", "3", "0.3"]
