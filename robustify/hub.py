@@ -6,7 +6,8 @@ checkpoint, no log. A new repository is private unless told otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from robustify.weights import CLASSIFIER_FOLDER
 ALLOWED = frozenset({".safetensors", ".json", ".yaml", ".yml", ".md", ".html", ".png", ".jpg",
                      ".jpeg", ".webp", ".gif", ".svg"})  # fmt: skip
 CARD_FILE = "README.md"
+_HEAD = 1 << 20  # bytes of a file that are searched: all but the tensors themselves
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ def prepare(folder: str | Path, repo_id: str) -> Upload:
     classifier, content = models.load(folder), report.read(folder)
     _require_same(classifier, content["model"], folder)
     files, left = _sorted_out(folder)
+    _warn_of_local_paths(folder, files)
     own_card = CARD_FILE in files
     text = (folder / CARD_FILE).read_text() if own_card else card(classifier, content, repo_id)
     files = {**files, CARD_FILE: len(text.encode())}
@@ -157,6 +162,18 @@ def _sorted_out(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
         elif not path.name.startswith("."):
             left.append(f"{path.name}/" if path.is_dir() else path.name)
     return files, tuple(left)
+
+
+def _warn_of_local_paths(folder: Path, files: Iterable[str]) -> None:
+    """Say which files tell where things lie on this machine: data sets and students by path do."""
+    home = f"{Path.home()}/".encode()
+    named = []
+    for name in files:
+        with open(folder / name, "rb") as file:
+            if home in file.read(_HEAD):
+                named.append(name)
+    if named:
+        log.warning("%s: paths under %s are in it and go along", ", ".join(named), Path.home())
 
 
 def _may_leave(path: Path) -> bool:

@@ -20,6 +20,8 @@ def run(command):
     # `main` makes logging write to the stderr of this command, and not of the first one
     for handler in list(logging.getLogger().handlers):
         logging.getLogger().removeHandler(handler)
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.setStream(sys.stderr)
     try:
         main()
     except SystemExit as done:

@@ -448,6 +448,14 @@ def test_no_link_leads_out_of_the_folder(tmp_path):
     assert "linked.json" not in upload.files
 
 
+def test_paths_of_this_machine_are_mentioned_before_they_leave(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hub.prepare(run_folder(tmp_path / "clean", small()), "ann/x")
+    assert caplog.text == ""
+    hub.prepare(run_folder(tmp_path / "run", small(), {"data": f"{tmp_path}/photos"}), "ann/x")
+    assert f"model.safetensors: paths under {tmp_path} are in it" in caplog.text
+
+
 def test_python_pushes_as_the_command_does(client, server, folder, repository):
     out = client.python(
         f"import robustify; print(robustify.push({str(folder)!r}, {repository!r}).address)"
