@@ -1,6 +1,9 @@
 """Classifiers of transformers in and out, and timm's networks through transformers and back."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -175,6 +178,30 @@ def test_distilled_in_timm_through_transformers_and_back_to_timm(architecture, t
     assert ours.class_names == tuple("0123456789")
 
 
+def test_a_timm_student_loads_where_robustify_is_not_installed(tmp_path):
+    student = models.create("mobilenetv3_small_050", num_classes=3, image_size=72)
+    models.save(student, tmp_path)
+    images = torch.rand(2, 3, 72, 72, generator=torch.Generator().manual_seed(0))
+    code = (
+        "import sys; sys.modules['robustify'] = None\n"
+        "import timm, torch\n"
+        "from transformers import AutoModelForImageClassification as Auto\n"
+        "images = torch.rand(2, 3, 72, 72, generator=torch.Generator().manual_seed(0))\n"
+        "with torch.no_grad():\n"
+        f"    a = timm.create_model('local-dir:{tmp_path}', pretrained=True).eval()(images)\n"
+        f"    b = Auto.from_pretrained('{tmp_path}').eval()(images).logits\n"
+        "print(a.equal(b), a.flatten().tolist())"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    equal, _, numbers = done.stdout.partition(" ")
+    assert equal == "True"
+    found = torch.tensor(json.loads(numbers)).view(2, 3)
+    assert torch.equal(found, logits(student.module, images))
+
+
 @pytest.mark.parametrize(
     ("processor", "mean", "std"),
     [
@@ -244,7 +271,7 @@ def test_wrong_tensors_are_refused_in_one_line(folder, change, says, capsys):
 
 
 def test_without_the_extra_the_error_names_it(folder, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ModelError, match=r"pip install 'robustify-classifiers\[transformers\]'"):
         robustify.load(folder)
 
