@@ -17,6 +17,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("robustify").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
     try:
         from robustify.cli import robustify
 

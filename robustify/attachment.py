@@ -17,7 +17,6 @@ from robustify.classifier import Classifier
 from robustify.errors import ModelError, RobustifyError
 from robustify.examine import assess, fit_together
 from robustify.purifier import (
-    CLASSIFIER_FOLDER,
     Purified,
     SavedPurifier,
     facts,
@@ -28,6 +27,7 @@ from robustify.report import write_report
 from robustify.run_folder import RunFolder
 from robustify.threat import Norm, ThreatModel
 from robustify.tiers import extend
+from robustify.weights import CLASSIFIER_FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ def attach(
 def described(pair: Purified) -> dict[str, Any]:
     """What a report says about the model."""
     recorded = {key: pair.about.get(key) for key in ("transferred", "threat_model")}
-    return {**models.describe(pair), **facts(pair), **recorded}
+    described = {**models.describe(pair), "weights_hash": models.weights_hash(pair)}
+    return {**described, **facts(pair), **recorded}
 
 
 def _saved(purifier: str | Path) -> SavedPurifier:

@@ -51,6 +51,12 @@ class Classifier(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     @property
+    def model_args(self) -> dict[str, Any]:
+        """What builds the network beside its name, its classes and its channels: plain values."""
+        known = {"num_classes", "in_chans"}
+        return {k: v for k, v in get_model_args(self.module).items() if k not in known}
+
+    @property
     def data(self) -> str | None:
         """The data set it was trained on, if that was recorded."""
         return self.about.get("data")
@@ -72,6 +78,16 @@ class Classifier(nn.Module):
         logits = self.module.forward_head(maps)  # type: ignore[operator]
         return logits, self._as_map(maps, images)
 
+    def keep_classes(self, rows: Sequence[int]) -> None:
+        """Keep these logits, in this order. Raises `ModelError` for a head that is not linear."""
+        head = self.module.get_classifier()  # type: ignore[operator]
+        if not isinstance(head, nn.Linear | nn.Conv2d):
+            raise ModelError(f"expected a linear head to reorder, got {type(head).__name__}")
+        kept = {name: tensor.detach()[rows].clone() for name, tensor in head.named_parameters()}
+        self.module.reset_classifier(len(rows))  # type: ignore[operator]
+        self.module.get_classifier().load_state_dict(kept)  # type: ignore[operator]
+        self.num_classes = len(rows)
+
     def _as_map(self, maps: Tensor, images: Tensor) -> Tensor:
         if maps.dim() == 4:
             channels_last = getattr(self.module, "output_fmt", "NCHW") == "NHWC"
@@ -87,21 +103,19 @@ class Classifier(nn.Module):
 
 def describe(classifier: Classifier) -> dict[str, Any]:
     """What rebuilds the classifier around its weights: plain values, as saved in the header."""
-    args = get_model_args(classifier.module)
-    known = {"num_classes", "in_chans"}
     return {
         "architecture": classifier.architecture,
-        "model_args": {key: value for key, value in args.items() if key not in known},
+        "model_args": classifier.model_args,
         "num_classes": classifier.num_classes,
         "in_chans": classifier.in_chans,
         "image_size": classifier.image_size,
-        "mean": _decimals(classifier.mean),
-        "std": _decimals(classifier.std),
+        "mean": decimals(classifier.mean),
+        "std": decimals(classifier.std),
         "class_names": classifier.class_names and list(classifier.class_names),
     }
 
 
-def _decimals(values: Tensor) -> list[float]:
+def decimals(values: Tensor) -> list[float]:
     """The shortest decimals that are these float32 numbers: 0.485 and not 0.48500001430511475."""
     shortest = []
     for value in values.flatten().tolist():
@@ -123,8 +137,8 @@ def hub_config(classifier: Classifier) -> dict[str, Any]:
         "fixed_input_size": traits["fixed_input_size"],
         "first_conv": traits["first_conv"],
         "crop_pct": 1.0,
-        "mean": _decimals(classifier.mean),
-        "std": _decimals(classifier.std),
+        "mean": decimals(classifier.mean),
+        "std": decimals(classifier.std),
         "num_classes": classifier.num_classes,
         "pool_size": None,
     }
@@ -163,20 +177,9 @@ def match_labels(classifier: Classifier, class_names: Sequence[str]) -> Classifi
             f"{_listed(own) if own else f'{classifier.num_classes} classes without names'}; choose "
             "another network or other data"
         )
-    _take_rows(classifier, [own.index(name) for name in wanted])
+    classifier.keep_classes([own.index(name) for name in wanted])
     classifier.class_names = wanted
     return classifier
-
-
-def _take_rows(classifier: Classifier, rows: list[int]) -> None:
-    """Keep these rows of the head, in this order."""
-    head = classifier.module.get_classifier()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear | nn.Conv2d):
-        raise ModelError(f"expected a linear head to reorder, got {type(head).__name__}")
-    kept = {name: tensor.detach()[rows].clone() for name, tensor in head.named_parameters()}
-    classifier.module.reset_classifier(len(rows))  # type: ignore[operator]
-    classifier.module.get_classifier().load_state_dict(kept)  # type: ignore[operator]
-    classifier.num_classes = len(rows)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -274,6 +274,51 @@ def rebuild_report(
 
 
 @robustify.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="USER/REPO")
+@click.option("--public", is_flag=True, help="Let everybody read it. Default: private.")
+@click.option("--revision", help="A branch, created if there is none. Default: main.")
+@click.option("--dry-run", is_flag=True, help="Show files and model card; send nothing.")
+@as_json
+def push(
+    folder: Path, repository: str, public: bool, revision: str | None, dry_run: bool, as_json: bool
+) -> None:
+    """Upload a run folder with its model card to the Hub, in one commit; print the address.
+
+    \b
+    robustify push runs/peeraid-resnet18-digits user/repo --dry-run
+    robustify push runs/peeraid-resnet18-digits user/repo
+    """
+    from robustify import hub
+
+    upload = hub.prepare(folder, repository)
+    click.echo(_listed(upload.files, upload.left, upload.own_card), err=as_json or not dry_run)
+    if dry_run:
+        click.echo(json.dumps(hub.described(upload), indent=2) if as_json else f"\n{upload.card}")
+        return
+    pushed = hub.send(upload, public=public, revision=revision)
+    if not pushed.changed:
+        click.echo("nothing to change: the Hub has these files already", err=True)
+    if pushed.private and public:
+        click.echo(f"{repository} was there before and stays private", err=True)
+    click.echo(json.dumps(hub.described(upload, pushed), indent=2) if as_json else pushed.address)
+
+
+def _listed(files: dict[str, int], left: tuple[str, ...], own_card: bool) -> str:
+    """What is sent, with its sizes, and what is not."""
+    from tabulate import tabulate
+
+    card = "as it is in the folder" if own_card else "the model card, from report.json"
+    rows = [
+        (name, f"{size:,} bytes", card if name == "README.md" else "")
+        for name, size in files.items()
+    ]
+    rows.append((f"{len(files)} files", f"{sum(files.values()):,} bytes", ""))
+    stays = f"\nnot sent: {', '.join(left)}" if left else ""
+    return tabulate(rows, tablefmt="plain", colalign=("left", "right", "left")) + stays
+
+
+@robustify.command()
 @as_json
 def doctor(as_json: bool) -> None:
     """What this machine can do: devices, versions, caches, whether a token is there.

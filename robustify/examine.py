@@ -117,6 +117,7 @@ def examine(
     if name is None:
         raise UsageError(f"expected --data, because {model} does not say what it was trained on")
     loaded = data.load(name, image_size=classifier.image_size)
+    models.match_labels(classifier, loaded.class_names)
     fit_together(classifier, loaded, model)
     known = classifier.about.get("threat_model") or vars(loaded.threat)
     threats = [ThreatModel(norm or known["norm"], value) for value in eps or (known["eps"],)]

@@ -300,7 +300,8 @@ def _leave(
     more: dict[str, Any] = {"notices": record.get("notices", ()), "selection": fitted.selection,
             "cost": {"training seconds": round(sum(row["seconds"] for row in outline), 1)},
             **shown(report, job.dataset)}  # fmt: skip
-    described: dict[str, Any] = models.describe(student)
+    described: dict[str, Any] = {**models.describe(student),
+                                 "weights_hash": models.weights_hash(student)}  # fmt: skip
     if isinstance(student, Purified):
         described |= facts(student)
         report, more = extend(report, student, job.dataset, more=more)

@@ -21,25 +21,26 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_model_input_config
-from torch import nn
+from torch import Tensor, nn
 
+from robustify import remote, transformers_networks
 from robustify.classifier import Classifier, describe, hub_config, match_labels
 from robustify.errors import HubError, ModelError, UsageError, suggest
 from robustify.files import atomic_write
 from robustify.frozen import weights_hash
 from robustify.networks import SMALL_IMAGE, small_variant
-from robustify.purifier import (
-    CLASSIFIER_FOLDER,
-    PURIFIER_FILE,
-    Purified,
-    purifier_file,
-    read_purifier,
-    write_purifier,
+from robustify.purifier import Purified, purifier_file, read_purifier, write_purifier
+from robustify.transformers_networks import (
+    TransformersClassifier,
+    TransformersNetwork,
+    is_transformers,
 )
 from robustify.weights import (
+    CLASSIFIER_FOLDER,
     CONFIG_FILE,
     FILE_SUFFIXES,
     HEADER_KEY,
+    PURIFIER_FILE,
     WEIGHTS_FILE,
     Saved,
     architecture_of,
@@ -61,7 +62,6 @@ __all__ = [
     "load",
     "match_labels",
     "save",
-    "save_weights",
     "wanted_image_size",
     "weights_hash",
 ]
@@ -82,12 +82,16 @@ def load(
     takes a purified model whose classifier is not the one it was saved with. Raises `ModelError`
     for what cannot be read, `UsageError` for an unknown name, `HubError`.
     """
-    if (purifier := purifier_file(name)) is not None:
+    name = str(name)
+    folder = fetch(name) if _on_hub(name) else None
+    if (purifier := purifier_file(folder or name)) is not None:
         classifier = load(purifier.parent / CLASSIFIER_FOLDER, mean=mean, std=std)
         return read_purifier(purifier).join(classifier, force=force)
-    saved = _weights(_find(str(name)), assumes=not (mean and std))
-    module = _timm(saved.architecture, saved.cfg, saved.model_args, saved)
-    return _classifier(module, saved.architecture, saved.cfg, mean, std, about=saved.about)
+    found = read_folder(folder, name) if folder else _find(name)
+    saved = _weights(found, assumes=not (mean and std))
+    module = _build(saved.architecture, saved.cfg, saved.model_args, saved)
+    return _classifier(module, saved.architecture, saved.cfg, saved.model_args, mean, std,
+                       about=saved.about)  # fmt: skip
 
 
 def create(
@@ -112,8 +116,8 @@ def create(
     size = registry_cfg(architecture)["input_size"][1]
     architecture = _variant(architecture, size, image_size)
     cfg = _described(architecture, num_classes, in_chans, image_size, mean, std, class_names)
-    module = _timm(architecture, cfg, {})
-    return _classifier(module, architecture, cfg, about={"data": data} if data else {})
+    module = _build(architecture, cfg, {})
+    return _classifier(module, architecture, cfg, {}, about={"data": data} if data else {})
 
 
 def adapt(
@@ -156,7 +160,7 @@ def adapt(
     if architecture != saved.architecture or in_chans != channels:
         about["replaced"] = ["stem"]
     module = _refitted(saved, architecture, in_chans, image_size)
-    classifier = _classifier(module, architecture, cfg, about=about)
+    classifier = _classifier(module, architecture, cfg, saved.model_args, about=about)
     if num_classes != classifier.num_classes or class_names is not None:
         _fit_head(classifier, num_classes, class_names, saved.origin)
     return classifier
@@ -170,8 +174,8 @@ def like(classifier: Classifier, name: str | None = None) -> Classifier:
     if name is not None:
         return adapt(name, data=classifier.data, **fitted_to)
     cfg = _described(classifier.architecture, **fitted_to)
-    module = _timm(classifier.architecture, cfg, same["model_args"])
-    return _classifier(module, classifier.architecture, cfg, about=about)
+    module = _build(classifier.architecture, cfg, same["model_args"])
+    return _classifier(module, classifier.architecture, cfg, same["model_args"], about=about)
 
 
 def wanted_image_size(name: str | Path, image_size: int | None = None) -> int | None:
@@ -187,13 +191,19 @@ def wanted_image_size(name: str | Path, image_size: int | None = None) -> int | 
     own_size: int = found.cfg["input_size"][1]
     architecture = _variant(found.architecture, own_size, image_size or own_size)
     with torch.device("meta"):
-        module = _timm(architecture, found.cfg, found.model_args)
-    if get_model_input_config(module)["fixed_input_size"]:
+        module = _build(architecture, found.cfg, found.model_args)
+        fixed, least = _size_limits(module, own_size)
+    if fixed:
         return own_size
-    if image_size is None:
-        return None
+    return None if image_size is None else max(image_size, least)
+
+
+def _size_limits(module: nn.Module, own_size: int) -> tuple[bool, int]:
+    """Whether a network takes images of one size only, and the smallest side, in pixels."""
+    if isinstance(module, TransformersNetwork):
+        return not module.takes(2 * own_size), 32  # five halvings, as its convolutional ones have
     halvings = getattr(module, "feature_info", None) or [{"reduction": 1}]
-    return max(image_size, int(halvings[-1]["reduction"]))
+    return get_model_input_config(module)["fixed_input_size"], int(halvings[-1]["reduction"])
 
 
 def save(
@@ -214,33 +224,37 @@ def save(
         write_purifier(classifier, folder / PURIFIER_FILE, about or {})
         save(classifier.classifier, folder / CLASSIFIER_FOLDER)
         return
-    save_weights(classifier, folder / WEIGHTS_FILE, about)
-    config = json.dumps(hub_config(classifier), indent=2, ensure_ascii=False)
-    atomic_write(folder / CONFIG_FILE, config + "\n")
-
-
-def save_weights(
-    classifier: Classifier, path: str | Path, about: Mapping[str, Any] | None = None
-) -> None:
-    """Write the bare network's state dict, float32, with all that `load` needs in its header.
-
-    Raises `ModelError` for weights that are not finite, `RunFolderError` as `save`.
-    """
+    weights, texts = _at_rest(classifier)
     recorded = {"model": describe(classifier), "about": {**classifier.about, **(about or {})}}
     header = {"format": "pt", HEADER_KEY: json.dumps(recorded, sort_keys=True, ensure_ascii=False)}
-    write_safetensors(Path(path), classifier.module.state_dict(), header)
+    write_safetensors(folder / WEIGHTS_FILE, weights, header)
+    for name, text in texts.items():
+        atomic_write(folder / name, text)
+
+
+def _at_rest(classifier: Classifier) -> tuple[Mapping[str, Tensor], dict[str, str]]:
+    """The tensors and the JSON files from which timm, or transformers, builds the network."""
+    if isinstance(classifier, TransformersClassifier):
+        return transformers_networks.written_files(classifier)
+    config = json.dumps(hub_config(classifier), indent=2, ensure_ascii=False)
+    return classifier.module.state_dict(), {CONFIG_FILE: config + "\n"}
+
+
+def _on_hub(name: str) -> bool:
+    return name.startswith(("hf-hub:", "hf_hub:"))
 
 
 def _find(name: str) -> Saved | str:
     """What a name stands for: a network at rest, or the name of a timm architecture."""
-    if (purifier := purifier_file(name)) is not None:
+    folder = fetch(name) if _on_hub(name) else None
+    if (purifier := purifier_file(folder or name)) is not None:
         raise ModelError(
             f"expected a bare classifier, got the purified model {name}; name the classifier "
             f"inside it, {purifier.parent / CLASSIFIER_FOLDER}"
         )
+    if folder is not None:
+        return read_folder(folder, name)
     prefix, _, rest = name.partition(":")
-    if prefix in ("hf-hub", "hf_hub"):
-        return read_folder(fetch(rest), name)
     if prefix == "local-dir":
         return read_folder(Path(rest))
     if rest and timm.is_model(prefix):
@@ -290,6 +304,9 @@ def _pretrained(name: str) -> Saved:
         log.warning("%s: taking timm's default weights %s", architecture, name)
     if name not in tags:
         raise UsageError(f"expected one of {', '.join(tags)}, got {name!r}{suggest(name, tags)}")
+    hub_id = timm.get_pretrained_cfg(name).hf_hub_id
+    if hub_id:
+        remote.require_reachable(hub_id, WEIGHTS_FILE)
     try:
         module = timm.create_model(name, pretrained=True)
     except Exception as error:  # whatever the client, the cache or the network raises
@@ -327,7 +344,9 @@ def _variant(architecture: str, size: int, image_size: int) -> str:
 
 def _refitted(saved: Saved, architecture: str, in_chans: int, image_size: int) -> nn.Module:
     """The saved network, its weights fitted by timm to another variant, channels or size."""
-    module = _timm(saved.architecture, saved.cfg, saved.model_args, saved)
+    if is_transformers(architecture):
+        return transformers_networks.refit(saved, in_chans)
+    module = _build(saved.architecture, saved.cfg, saved.model_args, saved)
     fixed = get_model_input_config(module)["fixed_input_size"]
     before = (saved.architecture, *saved.cfg["input_size"][: 2 if fixed else 1])
     if before == (architecture, in_chans, image_size)[: len(before)]:
@@ -339,7 +358,7 @@ def _refitted(saved: Saved, architecture: str, in_chans: int, image_size: int) -
     cfg = {**registry_cfg(architecture), "num_classes": saved.cfg["num_classes"]}
     cfg["input_size"] = saved.cfg["input_size"]  # of the weights: timm fits them to `args`
     source = Saved(saved.origin, architecture, weights, cfg, args)
-    return _timm(architecture, cfg, args, source)
+    return _build(architecture, cfg, args, source)
 
 
 def _fit_head(
@@ -364,16 +383,17 @@ def _fit_head(
     classifier.class_names = None if class_names is None else tuple(class_names)
 
 
-def _timm(
+def _build(
     architecture: str,
     cfg: Mapping[str, Any],
     args: Mapping[str, Any],
     saved: Saved | None = None,
 ) -> nn.Module:
-    """`timm.create_model`; with `saved`, its weights loaded as timm loads pretrained ones.
-
-    Raises `ModelError`.
+    """`timm.create_model`; with `saved`, its weights loaded as timm loads pretrained ones. Or the
+    same by transformers, for one of its architectures. Raises `ModelError`.
     """
+    if is_transformers(architecture):
+        return transformers_networks.build(architecture, cfg, args, saved)
     weights = {"state_dict": dict(saved.weights)} if saved else {}
     try:
         module: Any = timm.create_model(
@@ -386,7 +406,7 @@ def _timm(
                 f"expected timm to build {architecture} for {cfg['input_size'][1]}-pixel images, "
                 f"but: {reason}; ask for another image size or architecture"
             ) from error
-        expected = _timm(architecture, cfg, args).state_dict()
+        expected = _build(architecture, cfg, args).state_dict()
         raise ModelError(
             f"expected the weights of {architecture} in {saved.origin}, but they differ: "
             f"{differences(expected, saved.weights) or reason}"
@@ -399,22 +419,28 @@ def _classifier(
     module: nn.Module,
     architecture: str,
     cfg: Mapping[str, Any],
+    args: Mapping[str, Any],
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     *,
     about: Mapping[str, Any],
 ) -> Classifier:
     names = cfg.get("label_names")
-    classifier = Classifier(
-        module,
-        architecture=architecture,
-        image_size=cfg["input_size"][1],
-        mean=mean or cfg["mean"],
-        std=std or cfg["std"],
-        class_names=names if names and len(names) == cfg["num_classes"] else None,
-        about=about,
-    ).eval()
-    _try(classifier)
+    described: dict[str, Any] = {
+        "architecture": architecture,
+        "image_size": cfg["input_size"][1],
+        "mean": mean or cfg["mean"],
+        "std": std or cfg["std"],
+        "class_names": names if names and len(names) == cfg["num_classes"] else None,
+        "about": about,
+    }
+    if isinstance(module, TransformersNetwork):
+        classifier: Classifier = TransformersClassifier(
+            module, processor=args["processor"], **described
+        )
+    else:
+        classifier = Classifier(module, **described)
+    _try(classifier.eval())
     return classifier
 
 

@@ -31,9 +31,8 @@ from robustify.classifier import Classifier, describe
 from robustify.errors import ModelError, UsageError
 from robustify.files import replacing
 from robustify.frozen import Frozen, weights_hash
-from robustify.weights import HEADER_KEY, read_safetensors
+from robustify.weights import HEADER_KEY, PURIFIER_FILE, read_safetensors
 
-PURIFIER_FILE, CLASSIFIER_FOLDER = "purifier.safetensors", "classifier"
 SIZES = {"teacher": (64, 4), "student": (32, 2), "tiny": (16, 1)}  # name -> w, n
 GROUPS = 8  # of every GroupNorm
 
@@ -158,6 +157,14 @@ class Purified(Classifier):
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and last feature map of the classifier, for purified images."""
         return self.classifier.features(self.purifier(images))
+
+    def keep_classes(self, rows: Sequence[int]) -> None:
+        """Raise `ModelError`: the classifier stays as it is."""
+        raise ModelError(
+            "expected data with the classes of the purified classifier in their order, "
+            f"{self.class_names}; choose other data, or reorder the classifier and attach the "
+            "purifier to it"
+        )
 
     def require_untouched(self) -> None:
         """Raise `ModelError` unless the classifier's weights and buffers are as they were."""

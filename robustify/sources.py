@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustify import remote
 from robustify.errors import DataError
 from robustify.images import Encoded
 
@@ -58,10 +59,15 @@ def read_hub(identifier: str) -> Source:
     """A data set `user/name[@revision]` on the Hub, by `datasets`, or, where that is not installed,
     by its parquet files."""
     repo, _, revision = identifier.partition("@")
+    found_on_hub = None if Path(repo).exists() else remote.find(identifier, "dataset")
     try:
         import datasets
     except ImportError:
-        return _read_parquet(_download(repo, revision or None), repo)
+        return _read_parquet(_download(repo, revision or None, found_on_hub), repo)
+    silence = found_on_hub and found_on_hub.silence
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / repo.replace("/", "___")
+    if silence and not cached.exists():  # `datasets` itself would try for half a minute
+        raise _unreachable(repo, silence)
     try:
         found = datasets.load_dataset(repo, revision=revision or None)
     except Exception as error:  # of several libraries: network, repository, configuration, format
@@ -272,14 +278,18 @@ def _class_names(feature: dict[str, Any], labels: Sequence[int]) -> tuple[str, .
     return tuple(feature.get("names") or map(str, range(max(labels, default=-1) + 1)))
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, found: remote.Repository | None) -> Path:
     """The parquet files of a Hub data set, in the Hub's cache."""
     import huggingface_hub
 
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                repo, repo_type="dataset", revision=revision, allow_patterns="*.parquet"
+                repo,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns="*.parquet",
+                local_files_only=bool(found and found.silence),
             )
         )
     except Exception as error:  # network, repository, access: each its own tree
@@ -289,7 +299,7 @@ def _download(repo: str, revision: str | None) -> Path:
 def _unreachable(repo: str, error: Exception) -> DataError:
     return DataError(
         f"expected a folder {repo}, or that data set on the Hub or in its cache "
-        f"({_first_line(error)}); check the name, the network and the token"
+        f"({remote.refusal(f'get {repo}', error)}); check the name, the network and the token"
     )
 
 

@@ -9,29 +9,31 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.errors as hub_errors
 import timm
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from timm.models import PretrainedCfg, resolve_pretrained_cfg, split_model_name_tag
 from torch import Tensor
 
-from robustify.errors import HubError, ModelError, suggest
+from robustify import remote, transformers_config
+from robustify.errors import ModelError, suggest
 from robustify.files import atomic_write
 from robustify.networks import CIFAR_NETWORKS, published_names
 
 HEADER_KEY = "robustify"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+PROCESSOR_FILE = "preprocessor_config.json"  # of transformers: mean, std and size
+PURIFIER_FILE, CLASSIFIER_FOLDER = "purifier.safetensors", "classifier"
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".tar", ".th", ".model"}
 FILE_SUFFIXES = {".safetensors", *_PICKLES}
 # Where timm would fetch or unpickle weights by itself; ours come from the folder's own file.
 _ELSEWHERE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
+_ALIGNED = 64  # bytes: a line of the processor's cache
 _NOT_RECORDED = _ELSEWHERE | {"label_offset", "tag"}
 _ARGS_OF_LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path",
                     "cache_dir", "features_only", "pruned", "scriptable", "exportable", "no_jit",
@@ -56,15 +58,20 @@ class Saved:
 
 
 def registry_cfg(architecture: str) -> dict[str, Any]:
-    """timm's configuration of an architecture, without where its pretrained weights lie."""
+    """timm's configuration of an architecture, without where its pretrained weights lie; empty for
+    one of transformers, whose own configuration says everything."""
+    if architecture.startswith(transformers_config.PREFIX):
+        return {}
     cfg = resolve_pretrained_cfg(architecture).to_dict(remove_source=True)
     return {key: value for key, value in cfg.items() if key not in _NOT_RECORDED}
 
 
 def require_architecture(architecture: object, origin: str) -> str:
     """`architecture` if timm can build it; raises `ModelError` with a suggestion otherwise."""
-    if isinstance(architecture, str) and timm.is_model(architecture):
-        return architecture
+    if isinstance(architecture, str):
+        foreign = architecture.startswith(transformers_config.PREFIX)
+        if foreign or timm.is_model(architecture):
+            return architecture
     near = suggest(str(architecture), timm.list_models())
     raise ModelError(
         f"expected {origin} to name an architecture that timm {timm.__version__} or robustify can "
@@ -108,16 +115,31 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], header: Mapping[s
 
 
 def _same_bytes(content: bytes) -> bytes:
-    """A safetensors file with its header in one order: safetensors writes metadata in a random one.
+    """A safetensors file in one order, with its tensors on multiples of 64 bytes where they can be.
 
-    A header is 8 bytes of length, then JSON filled up with spaces to a multiple of 8.
+    safetensors writes metadata in a random order, and tensors wherever the one before ends.
+    transformers computes with the file mapped into memory, where a matrix product of weights that
+    are not so aligned rounds otherwise than after copying: logits would not be equal to the bit.
+    A header is 8 bytes of length, then JSON that may be filled up with spaces.
     """
     end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    described = json.loads(content[8:end])
+    header = {"__metadata__": dict(sorted(described.pop("__metadata__").items()))}
+    parts, at = [], 0
+    for name, entry in sorted(described.items(), key=_whole_lines_first):
+        start, stop = entry["data_offsets"]
+        header[name] = {**entry, "data_offsets": [at, at + stop - start]}
+        parts.append(content[end + start : end + stop])
+        at += stop - start
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + content[end:]
+    text += b" " * (-(8 + len(text)) % _ALIGNED)
+    return len(text).to_bytes(8, "little") + text + b"".join(parts)
+
+
+def _whole_lines_first(item: tuple[str, dict[str, Any]]) -> tuple[bool, str]:
+    name, entry = item
+    start, stop = entry["data_offsets"]
+    return (stop - start) % _ALIGNED != 0, name
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
@@ -225,8 +247,8 @@ def _described(
 
 
 def read_folder(folder: Path, origin: str | None = None) -> Saved:
-    """A folder in timm's Hub layout: `config.json` and `model.safetensors` (or shards with an
-    index). Raises `ModelError`."""
+    """A folder as timm or transformers leaves it: `config.json` and `model.safetensors` (or shards
+    with an index), and what their image processor says. Raises `ModelError`."""
     origin = origin or str(folder)
     if not folder.is_dir():
         raise ModelError(f"expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, got {origin}")
@@ -237,19 +259,31 @@ def read_folder(folder: Path, origin: str | None = None) -> Saved:
     weights, header = _read_weights(folder)
     recorded = _parse(header.get(HEADER_KEY, "{}"), folder / WEIGHTS_FILE)
     about, model = recorded.get("about") or {}, recorded.get("model") or {}
-    if "architecture" not in config and "model_type" in config:
-        raise ModelError(
-            f"expected a timm model, got a transformers {config['model_type']!r} model in {origin}"
-        )
-    architecture = require_architecture(config.get("architecture"), str(config_file))
+    foreign = "architecture" not in config and "model_type" in config
+    named = f"{transformers_config.PREFIX}{config['model_type']}" if foreign else None
+    architecture = require_architecture(named or config.get("architecture"), str(config_file))
     if model and model.get("architecture") != architecture:
         raise ModelError(
             f"expected {config_file} and the weights beside it to agree, got architecture "
             f"{architecture!r} and {model.get('architecture')!r}"
         )
+    if foreign:
+        return _of_transformers(
+            Saved(origin, architecture, weights, {}, about=about), config, folder
+        )
     args = _plain_args(config, str(config_file))
     cfg = registry_cfg(architecture) | _recorded_cfg(config, args, str(config_file))
     return Saved(origin, architecture, weights, cfg, args, about)
+
+
+def _of_transformers(saved: Saved, config: dict[str, Any], folder: Path) -> Saved:
+    """The same with what `config.json` and the image processor beside it say."""
+    transformers_config.require_plain(config, str(folder / CONFIG_FILE))
+    file = folder / PROCESSOR_FILE
+    processor = _parse(file.read_text(errors="replace"), file) if file.is_file() else {}
+    cfg, assumed = transformers_config.described(config, processor, saved.origin)
+    args = {"config": config, "processor": processor}
+    return replace(saved, cfg=cfg, model_args=args, assumed=assumed)
 
 
 def _recorded_cfg(config: dict[str, Any], args: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -324,50 +358,38 @@ def shard_names(weight_map: object, origin: Path) -> set[str]:
     return names
 
 
-def fetch(repository: str) -> Path:
-    """The local snapshot of `user/repo[@revision]`: its configuration and safetensors only.
+def fetch(name: str) -> Path:
+    """The local snapshot of `hf-hub:user/repo[@revision]`: its configuration and safetensors only.
 
-    Honors HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. Raises `HubError`.
+    Of a purified model the purifier and its classifier. Honors HF_TOKEN, HF_HOME and
+    HF_HUB_OFFLINE. Raises `HubError`.
     """
-    repo_id, _, revision = repository.partition("@")
-
-    def get(name: str) -> Path:
-        return Path(hf_hub_download(repo_id, name, revision=revision or None))
-
-    try:
-        config = get(CONFIG_FILE)
-        try:
-            get(WEIGHTS_FILE)
-        except hub_errors.LocalEntryNotFoundError:
-            raise
-        except hub_errors.EntryNotFoundError:
-            index = get(f"{WEIGHTS_FILE}.index.json")
-            weight_map = _parse(index.read_text(errors="replace"), index).get("weight_map")
-            for shard in shard_names(weight_map, index):
-                get(shard)
-    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
-        raise HubError(_hub_refusal(repository, error)) from error
-    return config.parent
+    repository = remote.find(name)
+    purifier = repository.file(PURIFIER_FILE)
+    if purifier is not None:
+        _fetch_network(repository, f"{CLASSIFIER_FOLDER}/")
+        return purifier.parent
+    return _fetch_network(repository, "").parent
 
 
-def _hub_refusal(repository: str, error: Exception) -> str:
-    """The order matters: gated is a kind of missing, and cached-only a kind of missing file."""
-    causes: list[tuple[type[Exception], str]] = [
-        (hub_errors.GatedRepoError, "access to it must be asked for on its page; then set "
-         "HF_TOKEN"),
-        (hub_errors.RepositoryNotFoundError, "there is no such repository, or it is private: check "
-         "the name, or set HF_TOKEN"),
-        (hub_errors.RevisionNotFoundError, "it has no such revision: check what follows the @"),
-        (hub_errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set and it is not in the cache"),
-        (hub_errors.LocalEntryNotFoundError, "it is not in the cache and the Hub cannot be "
-         "reached: check the network, HF_HUB_OFFLINE and HF_HOME"),
-        (hub_errors.EntryNotFoundError, f"it has no {CONFIG_FILE} with {WEIGHTS_FILE}"),
-        (hub_errors.HFValidationError, "write it as hf-hub:user/repo or hf-hub:user/repo@revision"),
-    ]  # fmt: skip
-    for kind, cause in causes:
-        if isinstance(error, kind):
-            return f"could not get hf-hub:{repository}: {cause}"
-    return f"could not get hf-hub:{repository}: {str(error).splitlines()[0]}"
+def _fetch_network(repository: remote.Repository, folder: str) -> Path:
+    """The configuration of a network in `folder` of the repository, with its weights beside it."""
+    config = repository.file(folder + CONFIG_FILE)
+    if config is None:
+        raise repository.lacks(folder + CONFIG_FILE)
+    repository.file(folder + PROCESSOR_FILE)
+    if repository.file(folder + WEIGHTS_FILE) is None:
+        index = repository.file(f"{folder}{WEIGHTS_FILE}.index.json")
+        if index is None:
+            raise repository.lacks(
+                f"{folder}{WEIGHTS_FILE}, and a pickle is not opened: ask its author for "
+                "safetensors, or convert it at https://huggingface.co/spaces/safetensors/convert"
+            )
+        weight_map = _parse(index.read_text(errors="replace"), index).get("weight_map")
+        for shard in sorted(shard_names(weight_map, index)):
+            if repository.file(folder + shard) is None:
+                raise repository.lacks(folder + shard)
+    return config
 
 
 def differences(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> str:

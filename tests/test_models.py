@@ -252,7 +252,7 @@ def rewritten(folder, change):
         (lambda c: c["pretrained_cfg"].update(mean="x"), "expected numbers"),
         (lambda c: c["model_args"].update(checkpoint_path="/tmp/evil.pth"), "checkpoint_path"),
         (lambda c: c.update(model_args=3), "model_args"),
-        (lambda c: (c.pop("architecture"), c.update(model_type="vit")), "transformers"),
+        (lambda c: (c.pop("architecture"), c.update(model_type="vit")), "to agree"),
         (lambda c: c.update(num_classes=9), r"linear.bias \(4,\), not \(9,\)|linear.weight"),
     ],
 )

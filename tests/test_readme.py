@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from hub_server import Hub, serving
+
 from robustify import config
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +36,18 @@ def test_the_two_commands_are_what_continuous_integration_runs():
         assert f"block '{heading}'" in script
 
 
-def test_every_command_runs(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+@pytest.fixture
+def environment(tmp_path):
+    """That of a machine whose Hub is a server on loopback, where `user` has a token."""
+    with serving(Hub({"hf_token": "user"})) as hub:
+        yield {
+            **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
+            "OMP_NUM_THREADS": "1", "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_token",
+            "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        }  # fmt: skip
+
+
+def test_every_command_runs(tmp_path, environment):
     for command in COMMANDS:
         if command in SETUP:
             continue
