@@ -69,7 +69,7 @@ def export(
 
     Raises `UsageError` for a key that is not one of `PAPER`.
     """
-    fields = {}
+    fields: dict[str, Any] = {}
     for text in paper:
         key, separator, value = text.partition("=")
         if not separator or key not in PAPER:
