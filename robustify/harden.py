@@ -32,9 +32,10 @@ from robustify.processes import on_cpu, this_process
 from robustify.purifier import Purified, facts
 from robustify.report import write_report
 from robustify.run_folder import RunFolder
+from robustify.settings import Training
 from robustify.threat import Norm, ThreatModel
 from robustify.tiers import extend
-from robustify.train import Fitted, Stage, Training, fit
+from robustify.train import Fitted, Stage, fit
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,10 @@ from safetensors.torch import save as serialize
 from timm.models import PretrainedCfg, resolve_pretrained_cfg, split_model_name_tag
 from torch import Tensor
 
+from robustify.architectures import published_names
 from robustify.errors import HubError, ModelError, suggest
 from robustify.files import atomic_write
-from robustify.networks import CIFAR_NETWORKS, published_names
+from robustify.networks import CIFAR_NETWORKS
 
 HEADER_KEY = "robustify"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"

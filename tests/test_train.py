@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from robustify import data, harden, models
+from robustify.averaging import reestimate_batchnorm
 from robustify.checkpoint import Checkpoints
 from robustify.classifier import Classifier
 from robustify.errors import RunFolderError, TrainingError, UsageError
 from robustify.losses import cross_entropy
 from robustify.objective import Objective
-from robustify.train import Stage, Training, fit, reestimate_batchnorm
+from robustify.settings import Training
+from robustify.train import Stage, fit
 
 
 class Tiny(nn.Sequential):

@@ -16,7 +16,8 @@ from robustify.errors import UsageError
 from robustify.objective import Frozen, Objective
 from robustify.recipes.pgd_at import PgdAt
 from robustify.recipes.standard import Standard
-from robustify.train import Stage, Training
+from robustify.settings import Training
+from robustify.train import Stage
 
 NAMES = config.names()
 # Whose YAML says which teachers it takes or trains, and nothing more about them.
