@@ -325,6 +325,7 @@ def dry_run(job: Job) -> dict[str, Any]:
     for number, objective in enumerate(objectives(job)):
         stage = new_stage(job, copy.deepcopy(objective), number, accelerator)
         fetched = next(iter(stage.loader))
+        stage.progress.epoch = stage.settings.epochs - 1  # by then whatever starts late is at work
         stage.model.train()
         with _FlopCount() as step_count:
             stage.step(fetched)

@@ -12,7 +12,8 @@ from robustify.errors import UsageError
 class Training:
     """Settings of the loop; the field names are what a recipe's `training:` section may say.
 
-    Epochs in `decay_at` and `averaging_start` count from 0; below 1 they are a share of `epochs`.
+    Epochs in `decay_at`, `averaging_start` and `awp_start` count from 0; below 1 they are a share
+    of `epochs`.
     """
 
     epochs: int = 30
@@ -31,6 +32,8 @@ class Training:
     averaging: Literal["none", "swa", "ema"] = "none"
     averaging_start: float = 0.75
     ema_decay: float = 0.999
+    awp_gamma: float = 0.0  # of `robustify.weight_perturbation`; 0 is none, 0.005 to 0.01 usual
+    awp_start: float = 0.05
     select: Literal["robust", "clean"] = "robust"
     evaluate_every: int = 1
     evaluate_from: float = 0.0
@@ -43,13 +46,16 @@ class Training:
                 raise UsageError(f"expected training.{name} >= 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise UsageError(f"expected training.lr > 0, got {self.lr}")
+        if not self.awp_gamma >= 0:
+            raise UsageError(f"expected training.awp_gamma >= 0, got {self.awp_gamma}")
         decays = self.decay_at if self.schedule == "step" else ()
         starts = (self.averaging_start,) if self.averaging == "swa" else ()
-        for number in (*decays, *starts):
+        awp = (self.awp_start,) if self.awp_gamma else ()
+        for number in (*decays, *starts, *awp):
             if self.epoch(number) >= self.epochs and self.epochs > 1:
                 raise UsageError(
-                    f"expected decay_at and averaging_start within {self.epochs} epochs, got "
-                    f"{number:g}; set training.decay_at and training.averaging_start too"
+                    f"expected decay_at, averaging_start and awp_start within {self.epochs} "
+                    f"epochs, got {number:g}; set these of `training` too"
                 )
 
     def epoch(self, number: float) -> int:

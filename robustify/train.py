@@ -11,7 +11,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from robustify.attacks.pgd import keeping, repeating
 from robustify.averaging import new_average, reestimate_batchnorm
 from robustify.checkpoint import Checkpoints
 from robustify.data import Split, augment, to_float
@@ -30,9 +32,10 @@ from robustify.fold import prefers_channels_last
 from robustify.noise import Noise
 from robustify.objective import Objective
 from robustify.schedule import new_schedule
-from robustify.selection import Selection, copy_of, validate
+from robustify.selection import Selection, copy_of, share_buffers, validate
 from robustify.settings import Training
 from robustify.threat import ThreatModel
+from robustify.weight_perturbation import Buffers, perturbable, perturbed
 
 log = logging.getLogger(__name__)
 
@@ -147,12 +150,14 @@ class Stage:
         # Dropout and drop-path draw from torch's own generator: seeding it makes resuming exact.
         # The hash of a tuple of integers is the same in every process.
         place = (self.seed, self.number, progress.epoch, progress.step)
-        torch.manual_seed(hash((*place, self.accelerator.process_index)) % 2**63)
-        images, labels, noise = self.batch(fetched, progress.epoch)
+        seed = hash((*place, self.accelerator.process_index)) % 2**63
+        batch = self.batch(fetched, progress.epoch)
         with self.accelerator.accumulate(self.model):
-            terms: dict[str, Tensor] = self.model(images, labels, noise)
-            self._stop_if_not_finite(terms["loss"])
-            self.accelerator.backward(terms["loss"])
+            with self._perturbed(batch, seed) as already:
+                torch.manual_seed(seed)
+                terms: dict[str, Tensor] = self.model(*batch) | already
+                self._stop_if_not_finite(terms["loss"])
+                self.accelerator.backward(terms["loss"])
             if self.accelerator.sync_gradients:
                 if self.settings.clip_grad is not None:
                     self.accelerator.clip_grad_norm_(
@@ -164,6 +169,33 @@ class Stage:
         if self.settings.averaging == "ema" and self.accelerator.sync_gradients:
             self._average()
         return {name: term.detach() for name, term in terms.items()}
+
+    @contextmanager
+    def _perturbed(
+        self, batch: tuple[Tensor, Tensor, Noise], seed: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """AWP where it is due: the student's weights at their worst for this batch, and the
+        adversarial images found before. Gives what else there is to log."""
+        settings, objective = self.settings, self.objective
+        if not settings.awp_gamma or self.progress.epoch < settings.epoch(settings.awp_start):
+            yield {}
+            return
+        several = self.accelerator.num_processes > 1
+        if several:  # as DDP would before a forward of its own
+            share_buffers(objective)
+        weights = perturbable(objective.student)
+        torch.manual_seed(seed)
+        buffers = Buffers(objective)
+        with keeping(buffers.take) as found:  # what a search in train mode moves stays moved
+            loss = objective(*batch)["loss"]
+            gradients: Sequence[Tensor] = torch.autograd.grad(
+                loss, weights, allow_unused=True, materialize_grads=True
+            )
+        buffers.put_back()
+        if several:  # the same step everywhere, or the processes would train different networks
+            gradients = [self.accelerator.reduce(each, "mean") for each in gradients]
+        with perturbed(weights, gradients, gamma=settings.awp_gamma), repeating(found):
+            yield {"unperturbed loss": loss}
 
     def _stop_if_not_finite(self, loss: Tensor) -> None:
         on_gpu = loss.device.type != "cpu"

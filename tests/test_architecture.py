@@ -17,7 +17,7 @@ LEVELS = [
     {"objective"},
     {"links"},
     {"recipes"},
-    {"config", "selection", "averaging", "schedule", "evaluation"},
+    {"config", "selection", "averaging", "schedule", "weight_perturbation", "evaluation"},
     {"train"},
     {"report", "tiers"},
     {"comparison", "examine"},

@@ -51,7 +51,7 @@ from robustify.recipes.standard import Standard
 from robustify.threat import ThreatModel
 
 _ORDINARY = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "averaging": "none",
-             "clip_grad": None, "select": "clean"}  # fmt: skip
+             "awp_gamma": 0.0, "clip_grad": None, "select": "clean"}  # fmt: skip
 _NOTICES = {
     "adaptive": "Distillation-based purification (our adaptive variant), trained end to end with "
     "one classifier: the robustness belongs to that pair.",

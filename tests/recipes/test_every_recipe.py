@@ -153,9 +153,10 @@ def test_the_same_noise_gives_the_same_bits_and_another_seed_another_attack(name
 
 
 @every_recipe
-def test_the_loop_trains_it_and_takes_up_a_checkpoint(name):
+@pytest.mark.parametrize("awp_gamma", [0.0, 0.01])
+def test_the_loop_trains_it_and_takes_up_a_checkpoint(name, awp_gamma):
     """Two steps through the loop's own Stage equal one step, a checkpoint, and one more."""
-    whole, first, rest = (stage(name) for _ in range(3))
+    whole, first, rest = (stage(name, awp_gamma) for _ in range(3))
     fetched = list(whole.loader)
     for part in fetched:
         whole.step(part)
@@ -173,7 +174,7 @@ def test_the_loop_trains_it_and_takes_up_a_checkpoint(name):
             assert not any(k.startswith(f"{key}.") for k in saved)
 
 
-def stage(name):
+def stage(name, awp_gamma):
     images, labels, _ = toys.batch(16)
     split = Split((images * 255).to(torch.uint8), labels)
     with torch.random.fork_rng():
@@ -184,7 +185,7 @@ def stage(name):
         split,
         split,
         number=0,
-        settings=Training(epochs=2, batch_size=8, lr=0.05),
+        settings=Training(epochs=2, batch_size=8, lr=0.05, awp_gamma=awp_gamma),
         threat=toys.THREAT,
         accelerator=Accelerator(
             cpu=True,

@@ -671,7 +671,7 @@ def test_teachers_that_are_missing_are_trained_first():
     common = {"threat": toys.THREAT, "attack": ATTACK}
     found = list(stages(student, [], families=["cnn_a", "resnet20_cifar"], **common))
     assert [type(o) for o in found] == [Standard, Standard, SaMdrad]
-    assert [o.training_changes for o in found[:2]] == [{"select": "clean"}] * 2
+    assert [o.training_changes for o in found[:2]] == [{"select": "clean", "awp_gamma": 0.0}] * 2
     trained = [o.student for o in found[:2]]
     assert [t.architecture for t in trained] == ["cnn_a", "resnet20_cifar"]
     assert [m.network for m in found[2].teachers.members] == trained
