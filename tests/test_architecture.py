@@ -11,7 +11,7 @@ LEVELS = [
     {"threat", "fusion", "sensitivity", "journal", "rendering", "schema", "architectures", "stems"},
     {"settings", "networks", "fold", "checkpoint", "sources", "plausible", "robustbench"},
     {"attacks", "data", "weights", "run_folder", "capacity"},
-    {"classifier", "probe"},
+    {"classifier", "probe", "course"},
     {"crafting", "purifier", "features", "checks"},
     {"models", "diagnosis"},
     {"objective"},
