@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from reports import minimal
 from PIL import Image
+from reports import minimal
 
 from robustify.__main__ import main
 
