@@ -65,10 +65,10 @@ def gated(weights: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def trust(logits: Tensor, labels: Tensor, *, exponent: float = 0.1) -> Tensor:
-    """p(z_k)_y ** exponent: (K, N), how far IAD believes a teacher (Zhu et al., ICLR 2022, arXiv
-    2106.04928); its exponent is 0.1."""
-    losses = torch.stack([cross_entropy(z, labels) for z in logits.detach()])
-    return (-exponent * losses).exp()
+    """p(z)_y ** exponent: (…, N) for teachers' logits (…, N, C), how far IAD believes them (Zhu et
+    al., ICLR 2022, arXiv 2106.04928); its exponent is 0.1. A constant: it has no gradient."""
+    label = labels.expand(logits.shape[:-1]).unsqueeze(-1)
+    return (exponent * logits.detach().log_softmax(-1).gather(-1, label).squeeze(-1)).exp()
 
 
 def weight_entropy(weights: Tensor) -> Tensor:
