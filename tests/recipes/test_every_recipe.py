@@ -61,6 +61,14 @@ def test_a_recipe_is_one_screen_with_its_source(name):
 
 
 @every_recipe
+def test_no_function_is_longer_than_a_screen(name):
+    code, _ = config.folders()
+    for node in ast.walk(ast.parse((code / f"{name}.py").read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+@every_recipe
 def test_file_and_signature_have_the_same_defaults(name):
     recipe = config.find(name)
     signature = inspect.signature(recipe.load().stages).parameters
