@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import timm
 import torch
 from torch import nn
 
+from robustify.classifier import Classifier
 from robustify.errors import UsageError
 from robustify.networks import small_variant
 
@@ -70,3 +72,14 @@ def between(larger: int, smaller: int, count: int, num_classes: int) -> list[str
         del left[nearest]
         chosen.append(nearest)
     return sorted(chosen, key=sizes.__getitem__, reverse=True)
+
+
+def descending(
+    larger: Classifier, smaller: Classifier, wanted: int | Sequence[str]
+) -> Sequence[str]:
+    """The architectures that are `wanted` between two classifiers: as named, or as many of the
+    rungs. Raises what `between` raises."""
+    if not isinstance(wanted, int):
+        return wanted
+    ends = (parameters(larger.module), parameters(smaller.module))
+    return between(*ends, wanted, smaller.num_classes)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustify.classifier import Classifier
-from robustify.fusion import Panel
+from robustify.fusion import Panel, numbered
 
 
 class Projector(nn.Module):
@@ -80,8 +80,8 @@ class Standardizer(nn.Module):
 
 
 class FeatureMatch(nn.Module):
-    """sum_k v_k · mean( (P_k(F_s) - F_k standardized)² ), one value per image: how far a student's
-    map is from those of K teachers, through a projector for each."""
+    """v_k · mean( (P_k(F_s) - F_k standardized)² ), one value per teacher and image: how far a
+    student's map is from those of K teachers, through a projector for each."""
 
     def __init__(self, student: Classifier, teachers: Panel, *, standardize: bool) -> None:
         super().__init__()
@@ -105,9 +105,21 @@ class FeatureMatch(nn.Module):
                 standardizer.show(each)  # type: ignore[operator]
 
     def forward(self, maps: Tensor, taught: Sequence[Tensor], weights: Tensor) -> Tensor:
-        """(N,) for a student's map, K teachers' maps and the weights v (K, N)."""
+        """(K, N) for a student's map, K teachers' maps and the weights v (K, N)."""
         apart = []
         for project, norm, each in zip(self.projectors, self.standardizers, taught, strict=True):
             difference = project(maps, each.shape[-2:]) - norm(each)
             apart.append(difference.square().flatten(1).mean(1))
-        return (weights * torch.stack(apart)).sum(0)
+        return weights * torch.stack(apart)
+
+    def of_both(
+        self, maps_adv: Tensor, maps: Tensor, taught: Sequence[Tensor], weights: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean of the sums over teachers for two of the student's maps, of adversarial and of
+        clean images; and each summand, to log."""
+        apart_adv, apart = self(maps_adv, taught, weights), self(maps, taught, weights)
+        return torch.stack([apart_adv.sum(0), apart.sum(0)]).mean(), {
+            **numbered("features {}, student adversarial", apart_adv),
+            **numbered("features {}, student clean", apart),
+            "no teacher right": (weights.sum(0) == 0).float().mean(),
+        }

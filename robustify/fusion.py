@@ -65,15 +65,20 @@ def gated(weights: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def trust(logits: Tensor, labels: Tensor, *, exponent: float = 0.1) -> Tensor:
-    """p(z_k)_y ** exponent: (K, N), how far IAD believes a teacher (Zhu et al., ICLR 2022, arXiv
-    2106.04928); its exponent is 0.1."""
-    losses = torch.stack([cross_entropy(z, labels) for z in logits.detach()])
-    return (-exponent * losses).exp()
+    """p(z)_y ** exponent: (…, N) for teachers' logits (…, N, C), how far IAD believes them (Zhu et
+    al., ICLR 2022, arXiv 2106.04928); its exponent is 0.1. A constant: it has no gradient."""
+    label = labels.expand(logits.shape[:-1]).unsqueeze(-1)
+    return (exponent * logits.detach().log_softmax(-1).gather(-1, label).squeeze(-1)).exp()
 
 
 def weight_entropy(weights: Tensor) -> Tensor:
     """(N,) entropy in nats: log K where all K teachers count the same, 0 where one alone does."""
     return -torch.xlogy(weights, weights).sum(0)
+
+
+def numbered(name: str, values: Tensor) -> dict[str, Tensor]:
+    """The means over N of (K, N) `values` by `name`, in which the teacher's number is put."""
+    return {name.format(k): mean for k, mean in enumerate(values.mean(1), 1)}
 
 
 class Reading(NamedTuple):
@@ -82,12 +87,9 @@ class Reading(NamedTuple):
     logits: Tensor
     weights: Tensor
 
-    def terms(self, labels: Tensor, view: str) -> dict[str, Tensor]:
-        """To log: where each teacher is wrong, which is where it is rectified, and the weights."""
-        wrong = (self.logits.argmax(-1) != labels).float().mean(1)
-        rows = {f"teacher {k} wrong, {view}": each for k, each in enumerate(wrong, 1)}
-        rows |= {f"weight {k}, {view}": each for k, each in enumerate(self.weights.mean(1), 1)}
-        return rows | {f"weight entropy, {view}": weight_entropy(self.weights).mean()}
+    def wrong(self, labels: Tensor) -> Tensor:
+        """(K, N): which teachers are wrong, which is where rectification changes something."""
+        return self.logits.argmax(-1) != labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,16 @@ class Fusion:
             judged = rectify(logits, labels) if self.weights_from == "rectified" else logits
             weights = fusion_weights(judged, labels, temperature=self.weight_temperature)
         return Reading(logits.detach(), weights.detach())
+
+    def terms(self, read: Reading, labels: Tensor, view: str) -> dict[str, Tensor]:
+        """To log: the share of teachers' answers that are rectified, where each teacher is wrong,
+        and the weights."""
+        wrong = read.wrong(labels).float()
+        rectified = wrong.mean() if self.rectification == "swap" else wrong.new_zeros(())
+        rows = {f"rectified, {view}": rectified}
+        rows |= numbered("teacher {} wrong, " + view, wrong)
+        rows |= numbered("weight {}, " + view, read.weights)
+        return rows | {f"weight entropy, {view}": weight_entropy(read.weights).mean()}
 
     def target(
         self, read: Reading, labels: Tensor, temperature: float, *, own: Tensor | None = None

@@ -22,7 +22,7 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from robustify import config, data, models
+from robustify import config, course, data, models
 from robustify.attacks.pgd import pgd
 from robustify.data import DataSet
 from robustify.errors import UsageError
@@ -32,9 +32,10 @@ from robustify.processes import on_cpu, this_process
 from robustify.purifier import Purified, facts
 from robustify.report import write_report
 from robustify.run_folder import RunFolder
+from robustify.settings import Training
 from robustify.threat import Norm, ThreatModel
 from robustify.tiers import extend
-from robustify.train import Fitted, Stage, Training, fit
+from robustify.train import Fitted, Stage, fit
 
 log = logging.getLogger(__name__)
 
@@ -182,8 +183,8 @@ def run(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
         if folder.record.get("status") == "finished":
             log.warning("%s is already finished; --no-resume trains it anew", folder.path)
             return folder.path
-        objective, fitted, outline = _work(job, folder, accelerator)
-        _leave(job, folder, objective, fitted, outline, accelerator)
+        objective, fitted, outline, rows = _work(job, folder, accelerator)
+        _leave(job, folder, objective, fitted, outline, rows, accelerator)
     return folder.path
 
 
@@ -242,9 +243,9 @@ def new_stage(job: Job, objective: Objective, number: int, accelerator: Accelera
 
 def _work(
     job: Job, folder: RunFolder, accelerator: Accelerator
-) -> tuple[Objective, Fitted, list[dict[str, Any]]]:
+) -> tuple[Objective, Fitted, list[dict[str, Any]], list[dict[str, Any]]]:
     """Train the stages one after the other; a finished stage is loaded instead. The last
-    objective, what it left, and one row per stage."""
+    objective, what it left, one row per stage, and one per epoch."""
     last: Objective | None = None
     fitted: Fitted | None = None
     outline: list[dict[str, Any]] = []
@@ -268,7 +269,7 @@ def _work(
                             "seconds": round(fitted.seconds, 1)})  # fmt: skip
     if last is None or fitted is None:
         raise UsageError(f"expected recipe {job.recipe.name} to yield at least one Objective")
-    return last, fitted, outline
+    return last, fitted, outline, rows
 
 
 def _leave(
@@ -277,6 +278,7 @@ def _leave(
     objective: Objective,
     fitted: Fitted,
     outline: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
     accelerator: Accelerator,
 ) -> None:
     """Weights, configuration, report and record."""
@@ -298,6 +300,7 @@ def _leave(
         "record": record,
     }
     more: dict[str, Any] = {"notices": record.get("notices", ()), "selection": fitted.selection,
+            "course": course.sampled(rows),
             "cost": {"training seconds": round(sum(row["seconds"] for row in outline), 1)},
             **shown(report, job.dataset)}  # fmt: skip
     described: dict[str, Any] = {**models.describe(student),
@@ -325,6 +328,7 @@ def dry_run(job: Job) -> dict[str, Any]:
     for number, objective in enumerate(objectives(job)):
         stage = new_stage(job, copy.deepcopy(objective), number, accelerator)
         fetched = next(iter(stage.loader))
+        stage.progress.epoch = stage.settings.epochs - 1  # by then whatever starts late is at work
         stage.model.train()
         with _FlopCount() as step_count:
             stage.step(fetched)

@@ -89,9 +89,12 @@ def load(
         return read_purifier(purifier).join(classifier, force=force)
     found = read_folder(folder, name) if folder else _find(name)
     saved = _weights(found, assumes=not (mean and std))
+    about = saved.about
+    if about.keys() <= {"data"}:  # an untrained network has no more; this one is trained
+        about = {"base": _base(saved), **about}
     module = _build(saved.architecture, saved.cfg, saved.model_args, saved)
     return _classifier(module, saved.architecture, saved.cfg, saved.model_args, mean, std,
-                       about=saved.about)  # fmt: skip
+                       about=about)  # fmt: skip
 
 
 def create(
@@ -154,9 +157,7 @@ def adapt(
     if in_chans != channels:
         log.warning("%s took %d channels, now %d", saved.origin, channels, in_chans)
         cfg |= {"mean": tuple(mean or (0.5,) * in_chans), "std": tuple(std or (0.5,) * in_chans)}
-    published = timm.is_model(architecture_of(saved.origin)) or saved.origin.startswith("hf")
-    base = saved.origin if published else Path(saved.origin).name
-    about: dict[str, Any] = {"base": base} | ({"data": data} if data else {})
+    about: dict[str, Any] = {"base": _base(saved)} | ({"data": data} if data else {})
     if architecture != saved.architecture or in_chans != channels:
         about["replaced"] = ["stem"]
     module = _refitted(saved, architecture, in_chans, image_size)
@@ -164,6 +165,12 @@ def adapt(
     if num_classes != classifier.num_classes or class_names is not None:
         _fit_head(classifier, num_classes, class_names, saved.origin)
     return classifier
+
+
+def _base(saved: Saved) -> str:
+    """What weights are called, without the folders of this machine."""
+    published = timm.is_model(architecture_of(saved.origin)) or saved.origin.startswith("hf")
+    return saved.origin if published else Path(saved.origin).name
 
 
 def like(classifier: Classifier, name: str | None = None) -> Classifier:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from robustify import course
 from robustify.charts import Point, Series, curve
 from robustify.errors import RunFolderError
 from robustify.files import atomic_write
@@ -35,8 +36,8 @@ FEW = 20  # classes shown one by one; of more, the weakest and the strongest
 ENDS = 8
 OPTIONAL = (
     "training", "defenses", "side_by_side", "tiers", "flags", "curve", "classes", "gallery",
-    "before", "distances", "reference", "passes", "selection", "notices", "seconds", "cost",
-    "versions", "command",
+    "before", "distances", "reference", "passes", "selection", "notices", "course", "seconds",
+    "cost", "versions", "command",
 )  # fmt: skip
 OF_ATTACK = ("alone", "newly_broken", "queries", "passes")
 
@@ -161,6 +162,7 @@ def view(content: Mapping[str, Any]) -> dict[str, Any]:
         "flags": [{**flag, "outcome": _outcome(flag)} for flag in filled["flags"] or ()],
         "notes": content["verdict"].get("notes") or [],
         "facts": _facts(filled),
+        "courses": course.tables(filled["course"] or ()),
         "comparison_rows": {
             "Naive against adaptive attack": filled["side_by_side"],
             "What the attacker knows": filled["tiers"],

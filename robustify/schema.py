@@ -37,6 +37,7 @@ Optional keys, shown when present:
     passes            {forward, backward}: model passes per evaluated image, everything included
     selection         how the checkpoint was selected: a sentence or {…}
     notices           [sentence] that the method demands
+    course            [{stage, epoch, term: number, …}], some epochs of each stage of training
     seconds           of the evaluation
     cost, versions    {name: value}
     command           what to type to repeat this
@@ -68,6 +69,7 @@ ROWS = {
     "side_by_side": ("tier", "name", "description", "robust_accuracy", "interval", "headline"),
     "tiers": ("tier", "name", "description", "robust_accuracy", "interval", "headline"),
     "flags": ("name", "title", "raised", "value", "threshold", "sentence"),
+    "course": ("stage", "epoch"),
     "curve": ("eps", "eps_text", "robust_accuracy", "interval", "attack"),
     "classes": ("name", "n", "clean_accuracy", "robust_accuracy"),
     "gallery": ("index", "label", "prediction", "prediction_adv", "attack", "factor", "image",
@@ -89,6 +91,7 @@ def validate(content: Any) -> None:
     _check_accuracies(content)
     _check_attacks(content)
     _check_rows(content)
+    _check_course(content)
     _check_classes(content)
     _check_gallery(content)
     _check_defenses(content)
@@ -189,6 +192,13 @@ def _check_rows(content: Mapping[str, Any]) -> None:
         if not _is_number(point["eps"]) or point["eps"] < 0:
             _refuse("eps >= 0 along the curve", repr(point["eps"]))
         _check_accuracy(point["robust_accuracy"], point["interval"], None, "accuracy on the curve")
+
+
+def _check_course(content: Mapping[str, Any]) -> None:
+    for row in content.get("course") or ():
+        for term, value in row.items():
+            if term != "stage" and not _is_number(value):
+                _refuse(f"a number for {term!r} in the course of training", repr(value))
 
 
 def _check_classes(content: Mapping[str, Any]) -> None:

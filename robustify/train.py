@@ -11,88 +11,39 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
 from timm.optim import create_optimizer_v2
-from timm.scheduler.cosine_lr import CosineLRScheduler
-from timm.scheduler.multistep_lr import MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from robustify.attacks.pgd import survives_pgd
+from robustify.attacks.pgd import keeping, repeating
+from robustify.averaging import new_average, reestimate_batchnorm
 from robustify.checkpoint import Checkpoints
 from robustify.data import Split, augment, to_float
-from robustify.errors import TrainingError, UsageError
-from robustify.fold import constant, prefers_channels_last
-from robustify.frozen import Frozen
+from robustify.errors import TrainingError
+from robustify.fold import prefers_channels_last
 from robustify.noise import Noise
 from robustify.objective import Objective
+from robustify.schedule import new_schedule
+from robustify.selection import Selection, copy_of, share_buffers, validate
+from robustify.settings import Training
 from robustify.threat import ThreatModel
+from robustify.weight_perturbation import Buffers, perturbable, perturbed
 
 log = logging.getLogger(__name__)
 
 Fetched = tuple[Tensor, Tensor, Tensor]  # uint8 images, labels, indices
-AUGMENTATION, ATTACK, VALIDATION = 0, 1, 2  # streams of noise
+AUGMENTATION, ATTACK = 0, 1  # streams of noise
 CHECK_EVERY = (
     50  # optimizer steps between two looks at the loss on a GPU, each of which waits for it
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """Settings of the loop; the field names are what a recipe's `training:` section may say.
-
-    Epochs in `decay_at` and `averaging_start` count from 0; below 1 they are a share of `epochs`.
-    """
-
-    epochs: int = 30
-    batch_size: int = 128  # per process
-    optimizer: str = "momentum"  # a name of timm's; "momentum" is SGD without Nesterov
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4  # on every parameter, as the field's recipes have it
-    schedule: Literal["step", "cosine"] = "step"
-    decay_at: tuple[float, ...] = (0.75, 0.9)
-    decay_rate: float = 0.1
-    warmup_epochs: int = 0
-    clip_grad: float | None = None
-    accumulate: int = 1
-    augmentation: str | None = None  # none, crop or crop-flip; by default the data set's
-    averaging: Literal["none", "swa", "ema"] = "none"
-    averaging_start: float = 0.75
-    ema_decay: float = 0.999
-    select: Literal["robust", "clean"] = "robust"
-    evaluate_every: int = 1
-    evaluate_from: float = 0.0
-    validation_steps: int = 10  # of the PGD that selects checkpoints
-    checkpoint_seconds: float = 60.0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"expected training.{name} >= 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise UsageError(f"expected training.lr > 0, got {self.lr}")
-        decays = self.decay_at if self.schedule == "step" else ()
-        starts = (self.averaging_start,) if self.averaging == "swa" else ()
-        for number in (*decays, *starts):
-            if self.epoch(number) >= self.epochs and self.epochs > 1:
-                raise UsageError(
-                    f"expected decay_at and averaging_start within {self.epochs} epochs, got "
-                    f"{number:g}; set training.decay_at and training.averaging_start too"
-                )
-
-    def epoch(self, number: float) -> int:
-        """The epoch that `number` means: itself, or a share of `epochs` if below 1."""
-        return int(number * self.epochs) if number < 1 else int(number)
 
 
 @dataclass
@@ -103,7 +54,6 @@ class Progress:
     step: int = 0  # batches done in this epoch
     updates: int = 0  # optimizer steps done in this stage
     snapshots: int = 0  # in the weight average
-    best: dict[str, dict[str, float]] = field(default_factory=dict)  # network -> its best row
     sums: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
@@ -142,7 +92,7 @@ class Stage:
         self.policy = settings.augmentation or policy
         self.accelerator = accelerator
         self.progress = Progress()
-        self.best: dict[str, dict[str, Tensor]] = {}
+        self.selection = Selection(settings.select)
         objective.to(accelerator.device)
         self.layout = torch.contiguous_format
         if prefers_channels_last(objective.student, objective.student.image_size):
@@ -158,8 +108,8 @@ class Stage:
         )
         loader = DataLoader(train, settings.batch_size, shuffle=True, collate_fn=_as_fetched)
         self.model, self.optimizer, self.loader = accelerator.prepare(objective, optimizer, loader)
-        self.schedule = _schedule(optimizer, settings)
-        self.averaged = _averaged(objective.student, settings)
+        self.schedule = new_schedule(optimizer, settings)
+        self.averaged = new_average(objective.student, settings)
         steps_per_epoch = math.ceil(len(self.loader) / settings.accumulate)
         self.budget = settings.epochs * steps_per_epoch  # optimizer steps of the whole stage
         if max_steps is not None:
@@ -200,12 +150,14 @@ class Stage:
         # Dropout and drop-path draw from torch's own generator: seeding it makes resuming exact.
         # The hash of a tuple of integers is the same in every process.
         place = (self.seed, self.number, progress.epoch, progress.step)
-        torch.manual_seed(hash((*place, self.accelerator.process_index)) % 2**63)
-        images, labels, noise = self.batch(fetched, progress.epoch)
+        seed = hash((*place, self.accelerator.process_index)) % 2**63
+        batch = self.batch(fetched, progress.epoch)
         with self.accelerator.accumulate(self.model):
-            terms: dict[str, Tensor] = self.model(images, labels, noise)
-            self._stop_if_not_finite(terms["loss"])
-            self.accelerator.backward(terms["loss"])
+            with self._perturbed(batch, seed) as already:
+                torch.manual_seed(seed)
+                terms: dict[str, Tensor] = self.model(*batch) | already
+                self._stop_if_not_finite(terms["loss"])
+                self.accelerator.backward(terms["loss"])
             if self.accelerator.sync_gradients:
                 if self.settings.clip_grad is not None:
                     self.accelerator.clip_grad_norm_(
@@ -217,6 +169,33 @@ class Stage:
         if self.settings.averaging == "ema" and self.accelerator.sync_gradients:
             self._average()
         return {name: term.detach() for name, term in terms.items()}
+
+    @contextmanager
+    def _perturbed(
+        self, batch: tuple[Tensor, Tensor, Noise], seed: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """AWP where it is due: the student's weights at their worst for this batch, and the
+        adversarial images found before. Gives what else there is to log."""
+        settings, objective = self.settings, self.objective
+        if not settings.awp_gamma or self.progress.epoch < settings.epoch(settings.awp_start):
+            yield {}
+            return
+        several = self.accelerator.num_processes > 1
+        if several:  # as DDP would before a forward of its own
+            share_buffers(objective)
+        weights = perturbable(objective.student)
+        torch.manual_seed(seed)
+        buffers = Buffers(objective)
+        with keeping(buffers.take) as found:  # what a search in train mode moves stays moved
+            loss = objective(*batch)["loss"]
+            gradients: Sequence[Tensor] = torch.autograd.grad(
+                loss, weights, allow_unused=True, materialize_grads=True
+            )
+        buffers.put_back()
+        if several:  # the same step everywhere, or the processes would train different networks
+            gradients = [self.accelerator.reduce(each, "mean") for each in gradients]
+        with perturbed(weights, gradients, gamma=settings.awp_gamma), repeating(found):
+            yield {"unperturbed loss": loss}
 
     def _stop_if_not_finite(self, loss: Tensor) -> None:
         on_gpu = loss.device.type != "cpu"
@@ -262,24 +241,13 @@ class Stage:
             yield self.batch(fetched, self.progress.epoch)[0]
 
     def _evaluate(self, name: str, network: nn.Module) -> dict[str, float]:
-        clean, robust = validate(
+        score = validate(
             network, self.validation, self.threat, accelerator=self.accelerator,
             batch_size=self.settings.batch_size, steps=self.settings.validation_steps,
             noise_seed=self.seed,
         )  # fmt: skip
-        score = {"robust": robust, "clean": clean}
-        best = self.progress.best.get(name)
-        if best is None or self._rank(score) > self._rank(best):
-            self.progress.best[name] = {**score, "epoch": self.progress.epoch}
-            self.best[name] = _copy(network.state_dict())
-        return {f"{name} clean": clean, f"{name} robust": robust}
-
-    def _rank(self, score: Mapping[str, float]) -> tuple[float, float]:
-        """What "best" means: the selected accuracy, then the other one."""
-        first, second = (
-            ("robust", "clean") if self.settings.select == "robust" else ("clean", "robust")
-        )
-        return score[first], score[second]
+        self.selection.consider(name, network, score, epoch=self.progress.epoch)
+        return {f"{name} {kind}": accuracy for kind, accuracy in score.items()}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a resumed run needs, as tensors and plain values."""
@@ -294,9 +262,10 @@ class Stage:
                     plain[f"{index}.{key}"] = value
         if self.averaged is not None:
             tensors |= {f"averaged.{k}": v for k, v in self.averaged.state_dict().items()}
-        for name, weights in self.best.items():
+        for name, weights in self.selection.weights.items():
             tensors |= {f"best.{name}.{k}": v for k, v in weights.items()}
-        return tensors, {"progress": asdict(self.progress), "optimizer": plain}
+        values = {"progress": asdict(self.progress), "best": self.selection.rows}
+        return tensors, {**values, "optimizer": plain}
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Undo `state`."""
@@ -310,22 +279,21 @@ class Stage:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.averaged is not None:
             self.averaged.load_state_dict(_under("averaged.", tensors))
-        self.best = {
-            name: _copy(_under(f"best.{name}.", tensors), self.accelerator.device)
-            for name in self.progress.best
+        self.selection.rows = dict(values["best"])
+        self.selection.weights = {
+            name: copy_of(_under(f"best.{name}.", tensors), self.accelerator.device)
+            for name in self.selection.rows
         }
 
     def fitted(self) -> Fitted:
         """The best network over all evaluations becomes the student's weights."""
-        last = _copy(self.objective.student.state_dict())
-        best = self.progress.best
-        name = max(best, key=lambda network: self._rank(best[network]))
-        self.objective.student.load_state_dict(self.best[name])
-        selection = {"network": name, **best[name], "candidates": best,
+        last = copy_of(self.objective.student.state_dict())
+        name, rows = self.selection.winner(), self.selection.rows
+        best = self.selection.weights[name]
+        self.objective.student.load_state_dict(best)
+        selection = {"network": name, **rows[name], "candidates": rows,
                      "on": f"{len(self.validation)} held-out training images"}  # fmt: skip
-        return Fitted(
-            self.best[name], last, selection, self.progress.history, self.progress.seconds
-        )
+        return Fitted(best, last, selection, self.progress.history, self.progress.seconds)
 
 
 def fit(
@@ -423,98 +391,9 @@ def _save(stage: Stage, checkpoints: Checkpoints, name: str) -> None:
         checkpoints.save(name, *stage.state())
 
 
-def validate(
-    network: nn.Module,
-    split: Split,
-    threat: ThreatModel,
-    *,
-    accelerator: Accelerator,
-    batch_size: int,
-    steps: int,
-    noise_seed: int,
-) -> tuple[float, float]:
-    """Clean accuracy and accuracy under PGD on cross-entropy, over all processes; each image counts
-    once. For selecting checkpoints, never a headline."""
-    if accelerator.num_processes > 1:
-        for buffer in network.buffers():  # BatchNorm statistics differ between processes
-            torch.distributed.broadcast(buffer, src=0)
-    mine = range(accelerator.process_index, len(split), accelerator.num_processes)
-    right = torch.zeros(2, device=accelerator.device)
-    for start in range(0, len(mine), batch_size):
-        fetched = split.__getitems__(list(mine[start : start + batch_size]))
-        images, labels, indices = (tensor.to(accelerator.device) for tensor in fetched)
-        images = to_float(images)
-        noise = Noise(noise_seed, indices, (VALIDATION,))
-        with constant(network, images) as victim:
-            with torch.no_grad():
-                right[0] += (victim(images).argmax(1) == labels).sum()
-            right[1] += survives_pgd(victim, images, labels, threat, steps=steps, noise=noise).sum()
-    total = accelerator.reduce(right, "sum") / len(split)
-    return float(total[0]), float(total[1])
-
-
-def reestimate_batchnorm(network: nn.Module, batches: Iterator[Tensor]) -> None:
-    """Running statistics of `network` anew, as the mean over all images of `batches`.
-
-    Each batch of b images enters with momentum b / (n + b), n images after the first ones, as
-    weight averaging needs (Izmailov et al., UAI 2018, arXiv 1803.05407). Parameters, modes and
-    momenta stay as they are. Without BatchNorm nothing is done; frozen parts keep theirs.
-    """
-    parts = [m for m in network.modules() if isinstance(m, Frozen)]
-    frozen = {module for part in parts for module in part.modules()}
-    norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m not in frozen]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    modes = [(module, module.training) for module in network.modules()]
-    for norm in norms:
-        norm.reset_running_stats()
-    network.eval()
-    for norm in norms:
-        norm.train()
-    seen = 0
-    with torch.no_grad():
-        for images in batches:
-            for norm in norms:
-                norm.momentum = len(images) / (seen + len(images))
-            network(images)
-            seen += len(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    for module, training in modes:
-        module.training = training
-
-
-def _schedule(optimizer: torch.optim.Optimizer, settings: Training) -> Scheduler:
-    """timm's schedulers compute the rate from the epoch alone, so resuming needs no state."""
-    if settings.schedule == "cosine":
-        return CosineLRScheduler(
-            optimizer, t_initial=settings.epochs, warmup_t=settings.warmup_epochs
-        )
-    return MultiStepLRScheduler(
-        optimizer,
-        # timm compares with the epoch to come: without the 1 the rate would drop an epoch early.
-        decay_t=[settings.epoch(number) + 1 for number in settings.decay_at],
-        decay_rate=settings.decay_rate,
-        warmup_t=settings.warmup_epochs,
-    )
-
-
-def _averaged(student: nn.Module, settings: Training) -> AveragedModel | None:
-    if settings.averaging == "none":
-        return None
-    if settings.averaging == "swa":
-        return AveragedModel(student)
-    return AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))  # type: ignore[no-untyped-call]
-
-
 def _as_fetched(batch: Any) -> Any:
     """`Split.__getitems__` returns whole batches: nothing is left to collate."""
     return batch
-
-
-def _copy(state: Mapping[str, Tensor], device: torch.device | None = None) -> dict[str, Tensor]:
-    return {key: tensor.detach().to(device, copy=True) for key, tensor in state.items()}
 
 
 def _under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from timm.models import PretrainedCfg, resolve_pretrained_cfg, split_model_name_
 from torch import Tensor
 
 from robustify import remote, transformers_config
+from robustify.architectures import published_names
 from robustify.errors import ModelError, suggest
 from robustify.files import atomic_write
-from robustify.networks import CIFAR_NETWORKS, published_names
+from robustify.networks import CIFAR_NETWORKS
 
 HEADER_KEY = "robustify"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"

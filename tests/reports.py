@@ -44,6 +44,13 @@ def minimal(n=1000, clean=800, robust=400):
     }  # fmt: skip
 
 
+def course():
+    """Two stages: three epochs, then one of a term of its own."""
+    rows = [{"stage": "standard teacher", "epoch": i, "lr": 0.1, "loss": 2 / (i + 1)}
+            for i in range(3)]  # fmt: skip
+    return [*rows, {"stage": "student", "epoch": 0, "lr": 0.1, "rectified, clean": 0.012345678}]
+
+
 def pictures(n=12, channels=3, side=32):
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(n, channels, 4, 4, generator=generator)
@@ -107,6 +114,7 @@ def full(status="reliable"):
                       "robust_accuracy": 52.48, "source": "RobustBench"},
         "passes": {"forward": 1834.5, "backward": 911.25}, "seconds": 412.75,
         "selection": {"network": "ema", "epoch": 187, "by": "validation PGD-10"},
+        "course": course(),
         "notices": ["Secrecy of the purifier is not assumed."],
         "cost": {"training_passes": 110000000, "training_hours": 5.25},
         "versions": {"robustify": "0.1.0", "torch": "2.9.0"},

@@ -12,6 +12,7 @@ import torch
 
 from robustify import models
 from robustify.errors import ModelError, RobustifyError, UsageError
+from robustify.objective import is_from_scratch
 
 FAMILIES = [
     "resnet18_small", "mobilenetv2_100_small", "densenet121_small", "vgg11_bn_small",
@@ -192,6 +193,15 @@ def test_classifier_normalizes_and_keeps_its_statistics_out_of_the_weights():
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
     assert torch.equal(logits(classifier, images), logits(classifier.module, (images - mean) / std))
     assert all(key.startswith("module.") for key in classifier.state_dict())
+
+
+def test_a_bare_checkpoint_counts_as_trained_and_an_architecture_does_not(bare, tmp_path):
+    loaded = models.load(bare)
+    assert loaded.about == {"base": "bare.safetensors"}
+    assert not is_from_scratch(loaded)
+    models.save(small(data="letters"), tmp_path / "saved")
+    assert not is_from_scratch(models.load(tmp_path / "saved"))
+    assert is_from_scratch(small(data="letters"))
 
 
 def test_a_bare_checkpoint_is_recognized_by_its_tensors(bare, caplog):

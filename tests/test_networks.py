@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from robustify import networks
+from robustify import architectures, networks, stems
 
 OURS = [
     "resnet18_small", "seresnet18_small", "mobilenetv2_100_small", "densenet121_small",
@@ -63,7 +63,7 @@ def test_every_plain_member_of_the_families_has_a_small_variant():
 def test_a_large_network_s_weights_fit_its_small_variant_by_the_centre_of_the_kernel():
     large = timm.create_model("resnet18", num_classes=10)
     small = timm.create_model("resnet18_small", num_classes=10)
-    fitted = networks.fit_to_small(large.state_dict(), small)
+    fitted = stems.fit_to_small(large.state_dict(), small)
     small.load_state_dict(fitted, strict=True)
     assert torch.equal(small.conv1.weight, large.conv1.weight[..., 2:5, 2:5])
     assert torch.equal(small.layer4[1].conv2.weight, large.layer4[1].conv2.weight)
@@ -96,4 +96,4 @@ def test_published_wide_resnet_names_load():
         "module.conv1.weight": torch.ones(1),
         "module.sub_block1.layer.0.bn1.bias": torch.ones(1),
     }
-    assert networks.published_names(old).keys() == {"conv1.weight"}
+    assert architectures.published_names(old).keys() == {"conv1.weight"}

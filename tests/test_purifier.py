@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from robustify import models
+from robustify.averaging import reestimate_batchnorm
 from robustify.errors import ModelError, UsageError
 from robustify.fold import constant
 from robustify.frozen import weights_hash
 from robustify.losses import cross_entropy
 from robustify.purifier import Ensemble, Purified, Purifier, dimensions, facts, mse
-from robustify.train import reestimate_batchnorm
 
 
 def classifier(in_chans=1, size=8, seed=0):

@@ -68,7 +68,8 @@ def test_the_headings_stand_in_this_order():
     assert [text for level, text in found if level == "2"] == [
         "Naive against adaptive attack", "What the attacker knows", "Attack after attack",
         "Accuracy against eps", "Class by class", "What the attacks did",
-        "Checks for gradient masking", "To repeat this",
+        "Checks for gradient masking", "Training, stage standard teacher",
+        "Training, stage student", "To repeat this",
     ]  # fmt: skip
     levels = [int(level) for level, _ in found]
     assert levels[0] == 1
@@ -207,6 +208,7 @@ DAMAGE = {
     "alone of": lambda c: c["attacks"][0].update(alone=0.1),
     "classes of n": lambda c: c["classes"].pop(),
     "classes to add up": lambda c: c["classes"][0].update(robust_accuracy=0.1),
+    "a number for 'loss' in the course": lambda c: c["course"][0].update(loss="low"),
     "PNG data URI": lambda c: c["gallery"][0].update(image="https://example.org/a.png"),
     "a verdict of": lambda c: c["verdict"].update(status="fine"),
     "at least one attack": lambda c: c.update(attacks=[]),

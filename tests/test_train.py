@@ -2,86 +2,36 @@
 
 import copy
 import logging
-from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
+from loops import CrossEntropy, stage, tiny, weights
 from torch import nn
 
-from robustify import data, harden, models
+from robustify import models
+from robustify.averaging import reestimate_batchnorm
 from robustify.checkpoint import Checkpoints
-from robustify.classifier import Classifier
 from robustify.errors import RunFolderError, TrainingError, UsageError
-from robustify.losses import cross_entropy
-from robustify.objective import Objective
-from robustify.train import Stage, Training, fit, reestimate_batchnorm
-
-
-class Tiny(nn.Sequential):
-    """Convolution, BatchNorm, ReLU, pool, dropout, linear: fast, and with all that has state."""
-
-    num_classes, in_chans = 10, 1
-
-    def __init__(self):
-        super().__init__(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
-            nn.Flatten(), nn.Dropout(0.1), nn.Linear(32, 10),
-        )  # fmt: skip
-
-
-def tiny(seed=0):
-    torch.manual_seed(seed)
-    return Classifier(Tiny(), architecture="tiny", image_size=8, mean=[0.5], std=[0.5])
-
-
-@dataclass(eq=False, repr=False, kw_only=True)
-class CrossEntropy(Objective):
-    poison_at: int = -1
-
-    def forward(self, images, labels, noise):
-        loss = cross_entropy(self.student(images), labels).mean()
-        self.poison_at -= 1
-        return {"loss": loss * (float("nan") if self.poison_at == -1 else 1)}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    loaded = data.load("digits")
-    train, validation = loaded.split_validation()
-    return train.take(200), validation.take(60), loaded
-
-
-def stage(digits, *, seed=0, poison_at=-1, max_steps=None, **settings):
-    train, validation, loaded = digits
-    training = Training(**{"epochs": 3, "batch_size": 64, "lr": 0.05, **settings})
-    return Stage(
-        CrossEntropy(student=tiny(), poison_at=poison_at), train, validation, number=0,
-        settings=training, threat=loaded.threat, seed=seed, policy=loaded.policy,
-        accelerator=harden.new_accelerator("fp32", training.accumulate, 0), max_steps=max_steps,
-    )  # fmt: skip
-
-
-def weights(a_stage):
-    return torch.cat(
-        [p.detach().flatten() for p in a_stage.objective.student.state_dict().values()]
-    )
+from robustify.settings import Training
+from robustify.train import fit
 
 
 @pytest.mark.parametrize("averaging", ["none", "swa", "ema"])
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_an_interrupted_run_ends_with_the_same_bits(digits, tmp_path, averaging, stop_at):
+def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, averaging, stop_at):
     settings = {"averaging": averaging, "averaging_start": 1, "decay_at": (2,)}
-    whole = stage(digits, **settings)
+    whole = stage(**settings)
     expected = fit(whole, checkpoints=Checkpoints(tmp_path / "whole"))
     steps = iter(range(1, 100))
     checkpoints = Checkpoints(tmp_path / "parts")
     with pytest.raises(KeyboardInterrupt):
         fit(
-            stage(digits, **settings),
+            stage(**settings),
             checkpoints=checkpoints,
             interrupted=lambda: next(steps) == stop_at,
         )
-    resumed = stage(digits, **settings)
+    resumed = stage(**settings)
     got = fit(resumed, checkpoints=checkpoints)
     assert torch.equal(weights(resumed), weights(whole))
     for name, tensor in expected.best.items():
@@ -90,11 +40,9 @@ def test_an_interrupted_run_ends_with_the_same_bits(digits, tmp_path, averaging,
     assert got.history == expected.history
 
 
-def test_gradient_accumulation_is_one_larger_batch(digits, tmp_path):
+def test_gradient_accumulation_is_one_larger_batch(tmp_path):
     def trained(name, **settings):
-        one = stage(
-            digits, epochs=1, max_steps=1, lr=5.0, momentum=0.0, weight_decay=0.0, **settings
-        )
+        one = stage(epochs=1, max_steps=1, lr=5.0, momentum=0.0, weight_decay=0.0, **settings)
         student = one.objective.student.module
         student[1], student[5] = nn.Identity(), nn.Identity()  # whatever depends on the batch
         fit(one, checkpoints=Checkpoints(tmp_path / name))
@@ -105,8 +53,8 @@ def test_gradient_accumulation_is_one_larger_batch(digits, tmp_path):
     assert not torch.allclose(large, tiny().module[0].weight, atol=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_checkpoint(digits, tmp_path):
-    poisoned = stage(digits, poison_at=6)
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_checkpoint(tmp_path):
+    poisoned = stage(objective=partial(CrossEntropy, poison_at=6))
     with pytest.raises(
         TrainingError, match=r"epoch 1 step 2 .* the last good checkpoint is .*stage0"
     ):
@@ -114,9 +62,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_checkpoint(d
     assert torch.isfinite(weights(poisoned)).all()
 
 
-def test_swa_is_the_mean_of_the_snapshots_and_keeps_batchnorm_of_its_own(digits, tmp_path):
+def test_swa_is_the_mean_of_the_snapshots_and_keeps_batchnorm_of_its_own(tmp_path):
     snapshots = []
-    run = stage(digits, averaging="swa", averaging_start=1)
+    run = stage(averaging="swa", averaging_start=1)
     fit(
         run,
         checkpoints=Checkpoints(tmp_path),
@@ -146,14 +94,14 @@ def test_reestimated_batchnorm_is_the_mean_over_images_and_leaves_no_trace():
 @pytest.mark.parametrize(
     ("epoch", "lr"), [(213, 0.1), (214, 0.01), (258, 0.01), (259, 1e-3), (283, 1e-3), (284, 1e-4)]
 )
-def test_the_published_schedule(digits, epoch, lr):
-    one = stage(digits, epochs=300, lr=0.1, decay_at=(214, 259, 284))
+def test_the_published_schedule(epoch, lr):
+    one = stage(epochs=300, lr=0.1, decay_at=(214, 259, 284))
     one.schedule.step(epoch)
     assert one.optimizer.param_groups[0]["lr"] == pytest.approx(lr)
 
 
-def test_weight_decay_reaches_every_parameter(digits):
-    groups = stage(digits, weight_decay=2e-4).optimizer.param_groups
+def test_weight_decay_reaches_every_parameter():
+    groups = stage(weight_decay=2e-4).optimizer.param_groups
     assert {group["weight_decay"] for group in groups} == {2e-4}
 
 
@@ -190,15 +138,15 @@ def test_only_the_newest_two_checkpoints_stay(tmp_path):
     assert checkpoints.load("a")[1] == {"number": 4}
 
 
-def test_the_callers_random_state_is_untouched(digits, tmp_path):
-    one = stage(digits, epochs=1)
+def test_the_callers_random_state_is_untouched(tmp_path):
+    one = stage(epochs=1)
     before = torch.get_rng_state()
     fit(one, checkpoints=Checkpoints(tmp_path))
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_student_learns_and_the_best_epoch_is_kept(digits, tmp_path):
-    run = stage(digits, epochs=20, batch_size=32, lr=0.2, select="clean")
+def test_the_student_learns_and_the_best_epoch_is_kept(tmp_path):
+    run = stage(epochs=20, batch_size=32, lr=0.2, select="clean")
     fitted = fit(run, checkpoints=Checkpoints(tmp_path))
     assert fitted.selection["clean"] > 0.4
     assert fitted.selection["clean"] == max(row["student clean"] for row in fitted.history)

@@ -9,7 +9,9 @@ which underflows in low precision and makes an image's attack depend on its batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -21,6 +23,8 @@ from robustify.noise import Noise
 from robustify.threat import ThreatModel
 
 Start = Literal["uniform", "gaussian", "images"]
+_keep: ContextVar[Callable[[Tensor], None] | None] = ContextVar("keep", default=None)
+_given: ContextVar[Iterator[Tensor] | None] = ContextVar("given", default=None)
 GAUSSIAN_START = 0.001  # standard deviation; TRADES (Zhang et al., 2019) and all that followed it
 
 
@@ -39,8 +43,56 @@ def pgd(
     `loss_fn` maps images to (N,) losses; whatever it closes over should be constant for the call
     (`robustify.fold.constant`). The result is detached, in [0, 1] and in the ball; `steps = 0`
     gives the images themselves. The start is uniform in the ball, the published Gaussian of 0.001
-    (not clipped, as published), or the images.
+    (not clipped, as published), or the images. Inside `repeating` nothing is searched.
     """
+    if (given := _given.get()) is not None:
+        found = next(given, None)
+        if found is None or found.shape != images.shape:
+            raise RuntimeError("expected the same searches as in the pass that is repeated")
+        return found
+    images_adv = _search(loss_fn, images, threat, steps, step_size, noise, start)
+    if (keep := _keep.get()) is not None:
+        keep(images_adv)
+    return images_adv
+
+
+@contextmanager
+def keeping(after_each: Callable[[], None]) -> Iterator[list[Tensor]]:
+    """The list gets what `pgd` finds inside, in order, to be used again by `repeating`;
+    `after_each` is called when a search is done."""
+    found: list[Tensor] = []
+
+    def keep(images_adv: Tensor) -> None:
+        found.append(images_adv)
+        after_each()
+
+    token = _keep.set(keep)
+    try:
+        yield found
+    finally:
+        _keep.reset(token)
+
+
+@contextmanager
+def repeating(found: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, `pgd` gives what it found before instead of searching: for a second pass over the
+    same images, which must ask for the same searches."""
+    token = _given.set(iter(found))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def _search(
+    loss_fn: Callable[[Tensor], Tensor],
+    images: Tensor,
+    threat: ThreatModel,
+    steps: int,
+    step_size: float,
+    noise: Noise,
+    start: Start,
+) -> Tensor:
     if steps == 0:
         return images.detach().clone()
     images_adv = _start(images, threat, noise, start)

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from robustify.attacks.pgd import pgd
 from robustify.fold import constant
+from robustify.fusion import trust
 from robustify.losses import kl
 from robustify.models import Classifier
 from robustify.noise import Noise
 from robustify.objective import Frozen, Objective, accuracy, check_teachers
-from robustify.recipes.iad import reliability
 from robustify.recipes.pgd_at import robust_teacher
 from robustify.threat import ThreatModel
 
@@ -56,17 +56,10 @@ def stages(
         student, teachers, architecture=teacher_architecture, threat=threat, attack=attack
     )
     yield AdaAd(
-        student=student,
-        teacher=Frozen(teacher),
-        threat=threat,
-        attack=attack,
-        adv_weight=adv_weight,
-        clean_weight=clean_weight,
-        self_weight=self_weight,
-        temperature=temperature,
-        beta=beta,
-        begin_epoch=begin_epoch,
-    )
+        student=student, teacher=Frozen(teacher), threat=threat, attack=attack,
+        adv_weight=adv_weight, clean_weight=clean_weight, self_weight=self_weight,
+        temperature=temperature, beta=beta, begin_epoch=begin_epoch,
+    )  # fmt: skip
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -101,8 +94,8 @@ class AdaAd(Objective):
             clean = kl(self.teacher(images), logits, temperature=self.temperature).mean()
             loss = loss + self.clean_weight * clean
         if trusts_itself:
-            trust = reliability(teacher_adv, labels, self.beta)
-            loss = loss + self.self_weight * ((1 - trust) * kl(logits, logits_adv)).mean()
+            believed = trust(teacher_adv, labels, exponent=self.beta)
+            loss = loss + self.self_weight * ((1 - believed) * kl(logits, logits_adv)).mean()
         return {
             "loss": loss,
             "adversarial": adversarial,

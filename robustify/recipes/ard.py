@@ -52,15 +52,9 @@ def stages(
         student, teachers, architecture=teacher_architecture, threat=threat, attack=attack
     )
     yield Ard(
-        student=student,
-        teacher=Frozen(teacher),
-        threat=threat,
-        attack=attack,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
-        temperature=temperature,
-        attack_bn=attack_bn,
-    )
+        student=student, teacher=Frozen(teacher), threat=threat, attack=attack,
+        kd_weight=kd_weight, ce_weight=ce_weight, temperature=temperature, attack_bn=attack_bn,
+    )  # fmt: skip
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

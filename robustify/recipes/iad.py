@@ -30,6 +30,7 @@ from torch import Tensor
 
 from robustify.attacks.pgd import pgd
 from robustify.fold import constant
+from robustify.fusion import trust
 from robustify.losses import cross_entropy, kl
 from robustify.models import Classifier
 from robustify.noise import Noise
@@ -73,27 +74,13 @@ def stages(
         )
         second = Frozen(standard)
     yield Iad(
-        student=student,
-        teacher=Frozen(robust),
-        standard_teacher=second,
-        threat=threat,
-        attack=attack,
-        kd_weight=(1.0 if first else 0.5) if kd_weight is None else kd_weight,
-        ce_weight=ce_weight,
-        standard_weight=standard_weight,
-        temperature=temperature,
-        beta=beta,
+        student=student, teacher=Frozen(robust), standard_teacher=second, threat=threat,
+        attack=attack, kd_weight=(1.0 if first else 0.5) if kd_weight is None else kd_weight,
+        ce_weight=ce_weight, standard_weight=standard_weight, temperature=temperature, beta=beta,
         begin_epoch=(0.3 if first else 0.2) if begin_epoch is None else begin_epoch,
-        weigh_teacher=weigh_teacher,
-        detach_clean=detach_clean,
-        attack_bn=attack_bn,
+        weigh_teacher=weigh_teacher, detach_clean=detach_clean, attack_bn=attack_bn,
         bn_double_updates=bn_double_updates,
-    )
-
-
-def reliability(teacher_adv: Tensor, labels: Tensor, beta: float) -> Tensor:
-    """(N,) A: the teacher's probability of the true class on x*, to the power of `beta`."""
-    return teacher_adv.softmax(1).gather(1, labels[:, None]).squeeze(1) ** beta
+    )  # fmt: skip
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -136,9 +123,9 @@ class Iad(Objective):
         kd = kl(self.teacher(images), logits_adv, temperature=self.temperature)
         own = torch.zeros_like(kd)
         if trusts_itself:
-            trust = reliability(self.teacher(images_adv), labels, self.beta)
-            kd = trust * kd if self.weigh_teacher else kd
-            own = (1 - trust) * kl(logits, logits_adv)
+            believed = trust(self.teacher(images_adv), labels, exponent=self.beta)
+            kd = believed * kd if self.weigh_teacher else kd
+            own = (1 - believed) * kl(logits, logits_adv)
         return {
             "loss": (self.kd_weight * kd + own).mean(),
             "teacher": kd.mean(),
@@ -156,10 +143,10 @@ class Iad(Objective):
         kd = kl(robust_adv, logits_adv, temperature=self.temperature)
         own = torch.zeros_like(kd)
         if self.reached(self.begin_epoch):
-            trust = reliability(robust_adv, labels, self.beta)
+            believed = trust(robust_adv, labels, exponent=self.beta)
             with torch.set_grad_enabled(not self.detach_clean):
                 logits = self.student(images)
-            kd, own = trust * kd, (1 - trust) * kl(logits, logits_adv)
+            kd, own = believed * kd, (1 - believed) * kl(logits, logits_adv)
         standard = kl(standard_teacher(images_adv), logits_adv, temperature=self.temperature)
         loss = self.ce_weight * ce + self.kd_weight * (kd + own) + self.standard_weight * standard
         return {

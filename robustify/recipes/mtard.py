@@ -3,7 +3,7 @@
 10.1007/978-3-031-19772-7_34).
 
     x* = argmax over the ball of CE(s(x'), y)               inner maximisation, student in eval mode
-    L  = kl_weight · ( (1 - w) · L_adv + w · L_nat )
+    L  = kl_weight · ( (1 - w) · L_adv + w · L_nat )                   w: robustify.balance
     L_adv = KL(p(z_robust(x*)), p(s(x*)))          L_nat = KL(p(z_standard(x)), p(s(x)))
 
 s and z are logits of the student and of the frozen teachers. The share w starts at 1/2 and follows
@@ -19,13 +19,13 @@ is used (at the first step it does not move at all). B-MTARD's moving temperatur
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from robustify.attacks.pgd import pgd
+from robustify.balance import Balance
 from robustify.fold import constant
 from robustify.losses import cross_entropy, kl
 from robustify.models import Classifier
@@ -54,14 +54,9 @@ def stages(
     )
     standard = yield from standard_teacher(student, teachers[1:], architecture=teacher_architecture)
     yield Mtard(
-        student=student,
-        robust_teacher=Frozen(robust),
-        standard_teacher=Frozen(standard),
-        threat=threat,
-        attack=attack,
-        kl_weight=kl_weight,
-        balance_rate=balance_rate,
-    )
+        student=student, robust_teacher=Frozen(robust), standard_teacher=Frozen(standard),
+        threat=threat, attack=attack, kl_weight=kl_weight, balance=Balance(balance_rate),
+    )  # fmt: skip
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -73,13 +68,7 @@ class Mtard(Objective):
     threat: ThreatModel
     attack: Mapping[str, Any]
     kl_weight: float
-    balance_rate: float
-    share_nat: Tensor = field(init=False)  # w; these two are buffers: a resumed run needs them
-    first_losses: Tensor = field(init=False)  # (2,) L_adv, L_nat; zero before the first step
-
-    def __post_init__(self) -> None:
-        self.register_buffer("share_nat", torch.tensor(0.5))
-        self.register_buffer("first_losses", torch.zeros(2))
+    balance: Balance
 
     def forward(self, images: Tensor, labels: Tensor, noise: Noise) -> dict[str, Tensor]:
         with constant(self.student, images) as student:
@@ -91,19 +80,11 @@ class Mtard(Objective):
         logits = self.student(images)
         adversarial = kl(self.robust_teacher(images_adv), logits_adv).mean()
         natural = kl(self.standard_teacher(images), logits).mean()
-        share_nat = self._balance(torch.stack([adversarial, natural]).detach())
+        balanced = self.balance(adversarial, natural, lr_scale=self.lr_scale)
         return {
-            "loss": self.kl_weight * ((1 - share_nat) * adversarial + share_nat * natural),
+            "loss": self.kl_weight * balanced,
             "adversarial": adversarial,
             "natural": natural,
-            "share of natural": share_nat,
+            "share of natural": self.balance.share.clone(),
             "robust accuracy": accuracy(logits_adv, labels),
         }
-
-    def _balance(self, losses: Tensor) -> Tensor:
-        """Move the share towards the loss of which more is left; `losses` (2,): L_adv, L_nat."""
-        self.first_losses.copy_(torch.where(self.first_losses > 0, self.first_losses, losses))
-        left_adv, left_nat = losses / self.first_losses.clamp_min(1e-12)
-        goal = left_nat / (left_adv + left_nat).clamp_min(1e-12)
-        self.share_nat -= self.balance_rate * self.lr_scale * (self.share_nat - goal)
-        return self.share_nat.clone()

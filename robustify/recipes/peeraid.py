@@ -65,22 +65,14 @@ def stages(
     if attack_target not in ("peer", "label"):
         raise UsageError(f"expected attack_target peer or label, got {attack_target!r}")
     yield PeerAid(
-        student=student,
-        peer=like(student, peer),
-        threat=threat,
-        attack=attack,
-        ce_weight=ce_weight,
-        kd_weight=kd_weight,
-        consistency_weight=consistency_weight,
-        peer_ce_weight=peer_ce_weight,
-        peer_kd_weight=peer_kd_weight,
-        temperature=temperature,
-        peer_temperature=peer_temperature,
-        attack_target=attack_target,
+        student=student, peer=like(student, peer), threat=threat, attack=attack,
+        ce_weight=ce_weight, kd_weight=kd_weight, consistency_weight=consistency_weight,
+        peer_ce_weight=peer_ce_weight, peer_kd_weight=peer_kd_weight, temperature=temperature,
+        peer_temperature=peer_temperature, attack_target=attack_target,
         detach_student_in_peer_loss=detach_student_in_peer_loss,
         reuse_student_adv_forward=reuse_student_adv_forward,
         bn_double_adv_update=bn_double_adv_update,
-    )
+    )  # fmt: skip
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

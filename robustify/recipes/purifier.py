@@ -30,7 +30,7 @@ same random numbers in every epoch, which is crafting once where nothing is augm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -50,8 +50,9 @@ from robustify.purifier import Ensemble, Purified, Purifier, Routing, Size, mse
 from robustify.recipes.standard import Standard
 from robustify.threat import ThreatModel
 
+Crafting = Callable[[Classifier, Tensor, Tensor, Noise], Tensor]
 _ORDINARY = {"optimizer": "sgd", "lr": 0.05, "weight_decay": 5e-4, "averaging": "none",
-             "clip_grad": None, "select": "clean"}  # fmt: skip
+             "awp_gamma": 0.0, "clip_grad": None, "select": "clean"}  # fmt: skip
 _NOTICES = {
     "adaptive": "Distillation-based purification (our adaptive variant), trained end to end with "
     "one classifier: the robustness belongs to that pair.",
@@ -91,17 +92,7 @@ def stages(
     crafting = partial(against_classifier, threat=threat, attack=attack, own_answers=stability,
                        once=adv_recraft == "once")  # fmt: skip
     early = {"epochs": static_epochs} if static_epochs and mode == "adaptive" else {}
-    taught: dict[str, Purified] = {}
-    if taught_by in ("both", "normal"):
-        taught["normal"] = Purified(Purifier(student.in_chans, teacher_size), student)
-        yield Static(student=taught["normal"], name="normal teacher", crafting=crafting,
-                     ensemble=None, adv_weight=0.0,
-                     training_changes={**early, "select": "clean"})  # fmt: skip
-    if taught_by in ("both", "adversarial", "mix"):
-        taught["adversarial"] = Purified(Purifier(student.in_chans, teacher_size), student)
-        yield Static(student=taught["adversarial"], name="adversarial teacher", crafting=crafting,
-                     ensemble=None, clean_weight=float(taught_by == "mix"),
-                     training_changes=early)  # fmt: skip
+    taught = yield from _teachers(student, taught_by, teacher_size, crafting, early)
     purified = Purified(Purifier(student.in_chans, size), student)
     record = {"mode": mode, "taught_by": taught_by, "notices": [_NOTICES[mode]]}
     yield Static(
@@ -110,18 +101,35 @@ def stages(
         adv_weight=data_weight, clean_weight=data_weight, ensemble_weight=ensemble_weight,
         guidance_weight=guidance_weight, training_changes=early, record=record,
     )  # fmt: skip
-    if mode == "adaptive":
-        common: dict[str, Any] = {"threat": threat, "attack": attack, "pixel_weight": pixel_weight,
-                                  "stability": stability, "eps_ramp": eps_ramp}  # fmt: skip
-        if "adversarial" in taught:
-            robust = taught["adversarial"]
-            yield EndToEnd(student=robust, name="end-to-end teacher", ensemble=None, **common)
-        yield EndToEnd(
-            student=purified,
-            ensemble=Ensemble.of(taught, routing or "clean_target"),
-            record=record,
-            **common,
-        )
+    if mode == "paper_like":
+        return
+    end_to_end = partial(EndToEnd, threat=threat, attack=attack, pixel_weight=pixel_weight,
+                         stability=stability, eps_ramp=eps_ramp)  # fmt: skip
+    if "adversarial" in taught:
+        robust = taught["adversarial"]
+        yield end_to_end(student=robust, name="end-to-end teacher", ensemble=None)
+    ensemble = Ensemble.of(taught, routing or "clean_target")
+    yield end_to_end(student=purified, ensemble=ensemble, record=record)
+
+
+def _teachers(
+    student: Classifier,
+    taught_by: str,
+    size: Size,
+    crafting: Crafting,
+    early: Mapping[str, Any],
+) -> Generator[Objective, None, dict[str, Purified]]:
+    """N by L_N, then A by L_A, as far as they are asked for."""
+    static, taught = partial(Static, crafting=crafting, ensemble=None), dict[str, Purified]()
+    if taught_by in ("both", "normal"):
+        taught["normal"] = Purified(Purifier(student.in_chans, size), student)
+        yield static(student=taught["normal"], name="normal teacher", adv_weight=0.0,
+                     training_changes={**early, "select": "clean"})  # fmt: skip
+    if taught_by in ("both", "adversarial", "mix"):
+        taught["adversarial"] = Purified(Purifier(student.in_chans, size), student)
+        yield static(student=taught["adversarial"], name="adversarial teacher",
+                     clean_weight=float(taught_by == "mix"), training_changes=early)  # fmt: skip
+    return taught
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -129,7 +137,7 @@ class Static(Objective):
     """Teachers and student of mode paper_like: images_adv do not know the purifier."""
 
     student: Purified
-    crafting: Callable[[Classifier, Tensor, Tensor, Noise], Tensor]
+    crafting: Crafting
     ensemble: Ensemble | None  # no default: an attribute of the class would hide the module
     adv_weight: float = 1.0
     clean_weight: float = 1.0

@@ -45,13 +45,9 @@ def stages(
         student, teachers, architecture=teacher_architecture, threat=threat, attack=attack
     )
     yield Rslad(
-        student=student,
-        teacher=Frozen(teacher),
-        threat=threat,
-        attack=attack,
-        adv_weight=adv_weight,
-        clean_weight=clean_weight,
-    )
+        student=student, teacher=Frozen(teacher), threat=threat, attack=attack,
+        adv_weight=adv_weight, clean_weight=clean_weight,
+    )  # fmt: skip
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

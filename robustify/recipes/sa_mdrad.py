@@ -139,19 +139,24 @@ class SaMdrad(Objective):
         if self.balance is not None:
             logit = self.balance(adversarial, clean, lr_scale=self.lr_scale)
 
-        features = logits.new_zeros(())
+        features, apart = logits.new_zeros(()), dict[str, Tensor]()
         if self.features is not None:
             v = gated(read.weights, read.logits, labels)
-            features = torch.stack([self.features(f, maps, v) for f in (map_adv, map_clean)]).mean()
+            features, apart = self.features.of_both(map_adv, map_clean, maps, v)
         ramp = min(1.0, self.epoch / self.feature_ramp_epochs) if self.feature_ramp_epochs else 1.0
         ce = cross_entropy(logits_adv, labels).mean()
         return {
             "loss": logit + self.feature_weight * ramp * features + self.ce_weight * ce,
             "adversarial": adversarial, "clean": clean, "features": features, "cross-entropy": ce,
             "robust accuracy": accuracy(logits_adv, labels),
-            **read.terms(labels, "clean"),
-            **(read_adv.terms(labels, "adversarial") if self.adv_view == "adv" else {}),
+            **apart, **self._read_terms(read, read_adv, labels),
         }  # fmt: skip
+
+    def _read_terms(self, read: Reading, read_adv: Reading, labels: Tensor) -> dict[str, Tensor]:
+        terms = self.fusion.terms(read, labels, "clean")
+        if self.adv_view == "adv":
+            terms |= self.fusion.terms(read_adv, labels, "adversarial")
+        return terms
 
     def _attack(self, images: Tensor, labels: Tensor, read: Reading, noise: Noise) -> Tensor:
         """images_adv against the student; teachers in the loop keep their weights at x."""

@@ -31,8 +31,8 @@ def standard_teacher(
     stage of its own. For `yield from`."""
     teacher = given[0] if given else like(student, architecture)
     if not given or is_from_scratch(teacher):
-        clean = {"select": "clean"}
-        yield Standard(student=teacher, name="standard teacher", training_changes=clean)
+        ordinary = {"select": "clean", "awp_gamma": 0.0}
+        yield Standard(student=teacher, name="standard teacher", training_changes=ordinary)
     return teacher
 
 

@@ -27,12 +27,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, Literal
 
 from robustify import capacity
+from robustify.chain import Chain
 from robustify.errors import UsageError
 from robustify.frozen import weights_hash
 from robustify.links import (
@@ -44,7 +44,7 @@ from robustify.links import (
     scale_logits,
 )
 from robustify.models import Classifier, like
-from robustify.objective import Frozen, Objective, check_teachers, is_from_scratch
+from robustify.objective import Objective, check_teachers, is_from_scratch
 from robustify.recipes.pgd_at import robust_teacher
 from robustify.recipes.standard import standard_teacher
 from robustify.threat import ThreatModel
@@ -55,6 +55,7 @@ NOTICE = (
     "Defensive distillation is known to be broken (Carlini and Wagner 2017). "
     "This recipe is for reproduction and education."
 )
+TEMPERATURES = {"paper": 20.0, "takd": 5.0, "robust": 1.0}
 ONE_EPOCH = {"epochs": 1, "decay_at": (), "warmup_epochs": 0, "averaging": "none"}
 LAST_WEIGHTS = {"evaluate_from": 0.9999}  # evaluated in the last epoch alone, which so is the best
 NOT_AUGMENTED = {"augmentation": "none"}
@@ -96,77 +97,108 @@ def stages(
     if robust and mode not in (None, "robust"):
         raise UsageError(f"expected robust=true with mode robust or none, got mode {mode}")
     mode = mode or ("robust" if robust else "paper")
-    at = {"paper": 20.0, "takd": 5.0, "robust": 1.0}[mode] if temperature is None else temperature
+    at = TEMPERATURES[mode] if temperature is None else temperature
     check_temperature(at)
-    wanted = assistants if assistants is not None else {"paper": 1, "takd": 1, "robust": 0}[mode]
-    record: dict[str, Any] = {
-        "mode": mode,
-        "temperature": at,
-        "notices": [NOTICE] if mode == "paper" else [],
-    }
-    new: Callable[[str], Classifier] = partial(like, student)
-    new_link: Callable[..., Objective] = partial(SoftLabels, label_temperature=at)
-    served_at = 1.0
-
+    wanted = assistants if assistants is not None else int(mode != "robust")
+    record = {"mode": mode, "temperature": at, "notices": [NOTICE] if mode == "paper" else []}
     if mode == "paper":
-        log.warning(NOTICE)
-        folded, tempered = temperature_training == "folded", teacher_mode == "tempered"
-        offline = soft_labels == "offline"
-        changes = {**LAST_WEIGHTS, **(NOT_AUGMENTED if offline else {})}
-        names = [student.architecture] * wanted if isinstance(wanted, int) else wanted
-        if shared_init:
-            check_same(student.architecture, names)
-            yield Tempered(student=student, name="initial weights", temperature=1.0,
-                           training_changes={**changes, **ONE_EPOCH})  # fmt: skip
-            record["initial_weights"] = weights_hash(student.module)
-            new = partial(_again, copy.deepcopy(student))
-        teacher = teachers[0] if teachers else new(student.architecture)
-        if tempered or is_from_scratch(teacher):
-            hot = at if tempered else 1.0
-            yield Tempered(student=teacher, name="teacher", temperature=1.0 if folded else hot,
-                           training_changes=changes)  # fmt: skip
-            scale_logits(teacher, hot if folded else 1.0)
-        served_at = at if folded else 1.0
-        new_link = partial(
-            new_link, temperature=1.0 if folded else at, hard_weight=0.0, soft_weight=1.0,
-            offline=offline, training_changes=changes,
+        links = _paper(
+            student, teachers, wanted, record, at=at, folded=temperature_training == "folded",
+            tempered=teacher_mode == "tempered", offline=soft_labels == "offline",
+            shared_init=shared_init,
         )  # fmt: skip
+    elif mode == "takd":
+        links = _takd(student, teachers, wanted, at=at, soft_weight=soft_weight)
     else:
-        size = capacity.parameters(student.module)
-        larger = capacity.above(size, student.num_classes)
-        if mode == "takd":
-            teacher = yield from standard_teacher(student, teachers, architecture=larger)
-            new_link = partial(
-                new_link, temperature=at, hard_weight=1 - soft_weight, offline=False,
-                soft_weight=soft_weight * at**2, training_changes={"select": "clean"},
-            )  # fmt: skip
-        else:
-            teacher = yield from robust_teacher(
-                student, teachers, architecture=larger, threat=threat, attack=attack
-            )
-            new_link = partial(
-                RobustLink, threat=threat, attack=attack, attack_target="teacher", temperature=1.0,
-                teacher_temperature=teacher_temperature, adv_weight=adv_weight,
-                clean_weight=clean_weight,
-            )  # fmt: skip
-            if link == "ard":
-                new_link = partial(
-                    new_link, attack_target="label", temperature=30.0, teacher_temperature=30.0,
-                    adv_weight=900 / student.num_classes, clean_weight=0.0,
-                )  # fmt: skip
-        names = wanted if isinstance(wanted, Sequence) else capacity.between(
-            capacity.parameters(teacher.module), size, wanted, student.num_classes)  # fmt: skip
+        links = _robust(
+            student, teachers, wanted, link, threat=threat, attack=attack,
+            teacher_temperature=teacher_temperature, adv_weight=adv_weight,
+            clean_weight=clean_weight,
+        )  # fmt: skip
+    chain = yield from links
+    if controls:
+        yield from chain.controls()
+    yield from chain.stages(record)
 
-    if controls and names:  # whatever assistants gain must be more than equal compute gains
-        control, trainings = new(student.architecture), len(names) + 1
-        for number in range(1, trainings + 1):
-            name = f"control without assistants, training {number} of {trainings}"
-            yield new_link(student=control, teacher=Frozen(teacher), name=name)
-    for number, network in enumerate(chain(map(new, names), [student]), 1):
-        name = "student" if network is student else f"assistant {number}"
-        yield new_link(student=network, teacher=Frozen(teacher), name=name, record=record)
-        scale_logits(network, served_at)
-        teacher = network
+
+def _paper(
+    student: Classifier,
+    teachers: Sequence[Classifier],
+    wanted: int | Sequence[str],
+    record: dict[str, Any],
+    *,
+    at: float,
+    folded: bool,
+    tempered: bool,
+    offline: bool,
+    shared_init: bool,
+) -> Generator[Objective, None, Chain]:
+    """W0, then z_0 by L_0; the links L_i to come."""
+    log.warning(NOTICE)
+    changes = {**LAST_WEIGHTS, **(NOT_AUGMENTED if offline else {})}
+    names = [student.architecture] * wanted if isinstance(wanted, int) else wanted
+    new: Callable[[str], Classifier] = partial(like, student)
+    if shared_init:
+        check_same(student.architecture, names)
+        yield Tempered(student=student, name="initial weights", temperature=1.0,
+                       training_changes={**changes, **ONE_EPOCH})  # fmt: skip
+        record["initial_weights"] = weights_hash(student.module)
+        new = partial(_again, copy.deepcopy(student))
+    teacher = teachers[0] if teachers else new(student.architecture)
+    if tempered or is_from_scratch(teacher):
+        hot = at if tempered else 1.0
+        yield Tempered(student=teacher, name="teacher", temperature=1.0 if folded else hot,
+                       training_changes=changes)  # fmt: skip
+        scale_logits(teacher, hot if folded else 1.0)
+    link = partial(
+        SoftLabels, label_temperature=at, temperature=1.0 if folded else at, hard_weight=0.0,
+        soft_weight=1.0, offline=offline, training_changes=changes,
+    )  # fmt: skip
+    return Chain(teacher=teacher, student=student, names=names, new=new, link=link,
+                 factor=at if folded else 1.0)  # fmt: skip
+
+
+def _takd(
+    student: Classifier,
+    teachers: Sequence[Classifier],
+    wanted: int | Sequence[str],
+    *,
+    at: float,
+    soft_weight: float,
+) -> Generator[Objective, None, Chain]:
+    """z_0 by L_0, where it is not given; the links L_i to come."""
+    larger = capacity.above(capacity.parameters(student.module), student.num_classes)
+    teacher = yield from standard_teacher(student, teachers, architecture=larger)
+    link = partial(
+        SoftLabels, label_temperature=at, temperature=at, hard_weight=1 - soft_weight,
+        offline=False, soft_weight=soft_weight * at**2, training_changes={"select": "clean"},
+    )  # fmt: skip
+    return Chain(teacher=teacher, student=student, new=partial(like, student), link=link,
+                 names=capacity.descending(teacher, student, wanted))  # fmt: skip
+
+
+def _robust(
+    student: Classifier,
+    teachers: Sequence[Classifier],
+    wanted: int | Sequence[str],
+    link: Literal["rslad", "ard"],
+    *,
+    threat: ThreatModel,
+    attack: Mapping[str, Any],
+    **weights: float,
+) -> Generator[Objective, None, Chain]:
+    """z_0 by PGD-AT, where it is not given; the links L_i to come."""
+    larger = capacity.above(capacity.parameters(student.module), student.num_classes)
+    teacher = yield from robust_teacher(
+        student, teachers, architecture=larger, threat=threat, attack=attack
+    )
+    settings: dict[str, Any] = {"attack_target": "teacher", "temperature": 1.0, **weights}
+    if link == "ard":
+        settings = {"attack_target": "label", "temperature": 30.0, "teacher_temperature": 30.0,
+                    "adv_weight": 900 / student.num_classes, "clean_weight": 0.0}  # fmt: skip
+    return Chain(teacher=teacher, student=student, new=partial(like, student),
+                 link=partial(RobustLink, threat=threat, attack=attack, **settings),
+                 names=capacity.descending(teacher, student, wanted))  # fmt: skip
 
 
 def _again(network: Classifier, architecture: str) -> Classifier:

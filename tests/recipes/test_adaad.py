@@ -4,8 +4,8 @@ import pytest
 import torch
 import toys
 
+from robustify.fusion import trust
 from robustify.losses import kl
-from robustify.recipes.iad import reliability
 
 DOUBLE = torch.float64
 ADAIAD = {"adv_weight": 900.0, "self_weight": 1.0, "temperature": 30.0}
@@ -112,8 +112,7 @@ def test_adaiad_is_the_attack_of_adaad_with_the_loss_of_iad(epoch, begun):
     adversarial, clean = recorder.of(images_adv), recorder.of(images)
     expected = 900 * toys.reference_kl(teacher_adv, adversarial, 30.0)
     if begun:
-        trust = reliability(teacher_adv, labels, 0.1)
-        own = (1 - trust) * kl(clean, adversarial)
+        own = (1 - trust(teacher_adv, labels)) * kl(clean, adversarial)
         assert own.mean() > 1e-6
         expected = expected + own.mean()
         assert clean.grad.abs().sum() > 0

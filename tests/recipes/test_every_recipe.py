@@ -16,7 +16,8 @@ from robustify.errors import UsageError
 from robustify.objective import Frozen, Objective
 from robustify.recipes.pgd_at import PgdAt
 from robustify.recipes.standard import Standard
-from robustify.train import Stage, Training
+from robustify.settings import Training
+from robustify.train import Stage
 
 NAMES = config.names()
 # Whose YAML says which teachers it takes or trains, and nothing more about them.
@@ -57,6 +58,14 @@ def test_a_recipe_is_one_screen_with_its_source(name):
     assert re.search(r"^ +L\S* += ", text, re.MULTILINE), "no formula"
     assert code_lines(code / f"{name}.py") <= LONGEST
     assert toys.roles(name) is not None, f"expected teachers: one of {list(toys.ROLES)}"
+
+
+@every_recipe
+def test_no_function_is_longer_than_a_screen(name):
+    code, _ = config.folders()
+    for node in ast.walk(ast.parse((code / f"{name}.py").read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
 
 
 @every_recipe
@@ -152,9 +161,10 @@ def test_the_same_noise_gives_the_same_bits_and_another_seed_another_attack(name
 
 
 @every_recipe
-def test_the_loop_trains_it_and_takes_up_a_checkpoint(name):
+@pytest.mark.parametrize("awp_gamma", [0.0, 0.01])
+def test_the_loop_trains_it_and_takes_up_a_checkpoint(name, awp_gamma):
     """Two steps through the loop's own Stage equal one step, a checkpoint, and one more."""
-    whole, first, rest = (stage(name) for _ in range(3))
+    whole, first, rest = (stage(name, awp_gamma) for _ in range(3))
     fetched = list(whole.loader)
     for part in fetched:
         whole.step(part)
@@ -172,7 +182,7 @@ def test_the_loop_trains_it_and_takes_up_a_checkpoint(name):
             assert not any(k.startswith(f"{key}.") for k in saved)
 
 
-def stage(name):
+def stage(name, awp_gamma):
     images, labels, _ = toys.batch(16)
     split = Split((images * 255).to(torch.uint8), labels)
     with torch.random.fork_rng():
@@ -183,7 +193,7 @@ def stage(name):
         split,
         split,
         number=0,
-        settings=Training(epochs=2, batch_size=8, lr=0.05),
+        settings=Training(epochs=2, batch_size=8, lr=0.05, awp_gamma=awp_gamma),
         threat=toys.THREAT,
         accelerator=Accelerator(
             cpu=True,

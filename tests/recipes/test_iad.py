@@ -5,8 +5,8 @@ import torch
 import toys
 from torch.nn.functional import cross_entropy
 
+from robustify.fusion import trust
 from robustify.losses import kl
-from robustify.recipes.iad import reliability
 
 DOUBLE = torch.float64
 
@@ -31,16 +31,16 @@ def by_image(teacher_adv, labels, beta=0.1):
 def test_reliability_is_the_loop_over_images():
     teacher_adv = 3 * torch.randn(50, 10, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     labels = torch.arange(50) % 10
-    assert torch.allclose(reliability(teacher_adv, labels, 0.1), by_image(teacher_adv, labels))
+    assert torch.allclose(trust(teacher_adv, labels), by_image(teacher_adv, labels))
 
 
 @pytest.mark.parametrize(("p", "a"), [(0.9, 0.990), (0.5, 0.933), (0.1, 0.794), (0.01, 0.631)])
 def test_reliability_closed_form(p, a):
     logits = torch.tensor([[p, 1 - p]], dtype=DOUBLE).log()
-    trust = reliability(logits, torch.zeros(1, dtype=torch.int64), 0.1).item()
-    assert trust == pytest.approx(a, abs=1e-3)
+    believed = trust(logits, torch.zeros(1, dtype=torch.int64)).item()
+    assert believed == pytest.approx(a, abs=1e-3)
     if p == 0.5:
-        assert 1 - trust == pytest.approx(0.066967, rel=1e-5)
+        assert 1 - believed == pytest.approx(0.066967, rel=1e-5)
 
 
 def test_first_variant_before_it_begins_is_ard_at_temperature_one():

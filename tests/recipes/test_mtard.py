@@ -12,8 +12,11 @@ def build(classes=10, **settings):
     return toys.build("mtard", student, teachers, **settings).double()
 
 
-def losses(adversarial, natural):
-    return torch.tensor([adversarial, natural], dtype=DOUBLE)
+def share(objective, adversarial, natural):
+    """w after the balance has seen two losses of these values."""
+    values = (torch.tensor(loss, dtype=DOUBLE) for loss in (adversarial, natural))
+    objective.balance(*values, lr_scale=objective.lr_scale)
+    return objective.balance.share
 
 
 def test_closed_form():
@@ -55,32 +58,39 @@ def test_loss_is_the_published_one(count, factor):
 
 def test_balance_moves_towards_the_loss_that_is_left():
     objective = build()
-    assert objective._balance(losses(3.0, 2.0)).item() == 0.5  # the first step sets what 1 means
-    assert objective._balance(losses(3.0, 2.0)).item() == 0.5
-    share = objective._balance(losses(1.5, 2.0))
-    assert share.item() == pytest.approx(0.5041667, rel=1e-6)
-    assert not share.requires_grad
-    assert objective._balance(losses(3.0, 0.2)).item() < share.item()
+    assert share(objective, 3.0, 2.0).item() == 0.5  # the first step sets what 1 means
+    assert share(objective, 3.0, 2.0).item() == 0.5
+    moved = share(objective, 1.5, 2.0)
+    assert moved.item() == pytest.approx(0.5041667, rel=1e-6)
+    assert not moved.requires_grad
+    before = moved.item()
+    assert share(objective, 3.0, 0.2).item() < before
 
 
 def test_balance_slows_down_with_the_learning_rate():
     objective = build()
-    objective._balance(losses(1.0, 1.0))
+    share(objective, 1.0, 1.0)
     objective.lr_scale = 0.1
-    share = objective._balance(losses(0.5, 1.0)).item()
-    assert share == pytest.approx(0.5 + 0.0025 * (2 / 3 - 0.5), rel=1e-9)
+    moved = share(objective, 0.5, 1.0).item()
+    assert moved == pytest.approx(0.5 + 0.0025 * (2 / 3 - 0.5), rel=1e-9)
+
+
+def test_the_rate_is_a_setting():
+    quick = build(balance_rate=1.0)
+    share(quick, 1.0, 1.0)
+    assert share(quick, 0.5, 1.0).item() == pytest.approx(2 / 3)
 
 
 def test_the_share_carries_no_gradient():
     images, labels, noise = toys.batch(dtype=DOUBLE)
     objective = build()
-    objective._balance(losses(1.0, 1.0))
+    share(objective, 1.0, 1.0)
     recorder, terms, images_adv = toys.step(objective, (images, labels, noise))
-    share = terms["share of natural"].item()
-    assert share != 0.5
+    natural = terms["share of natural"].item()
+    assert natural != 0.5
     for network, read, weight in [
-        ("robust_teacher", images_adv, 1 - share),
-        ("standard_teacher", images, share),
+        ("robust_teacher", images_adv, 1 - natural),
+        ("standard_teacher", images, natural),
     ]:
         target = recorder.of(read, network, training=False).softmax(1)
         logits = recorder.of(read)
@@ -92,11 +102,11 @@ def test_balance_is_part_of_a_checkpoint():
     whole, resumed, forgetful = build(), build(), build()
     toys.train(whole, batches[:2], lr=0.01)
     state = {k: v.clone() for k, v in whole.learned_state().items()}
-    assert {"share_nat", "first_losses"} <= state.keys()
-    assert state["first_losses"].min() > 0
+    assert {"balance.share", "balance.first"} <= state.keys()
+    assert state["balance.first"].min() > 0
     resumed.load_learned_state(state)
     forgetful.load_learned_state(state)
-    forgetful.first_losses.zero_()
+    forgetful.balance.first.zero_()
     rest = [toys.train(o, batches[2:], lr=0.01) for o in (whole, resumed, forgetful)]
     assert rest[0] == rest[1]
     assert rest[0] != rest[2]

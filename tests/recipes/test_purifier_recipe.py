@@ -20,7 +20,8 @@ from robustify.losses import cross_entropy
 from robustify.purifier import Ensemble, Purified, Purifier
 from robustify.recipes.purifier import EndToEnd, Static, stages
 from robustify.run_folder import RunFolder
-from robustify.train import Stage, Training, fit
+from robustify.settings import Training
+from robustify.train import Stage, fit
 
 ATTACK = {"steps": 10, "step_size": toys.THREAT.eps / 4, "start": "uniform"}
 GOLDEN_STATIC = [0.2026533, 0.2007833, 0.1775522]

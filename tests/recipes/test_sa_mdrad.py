@@ -651,8 +651,19 @@ def test_logged_terms():
         terms
     )
     assert all(term.dim() == 0 for term in terms.values())
+    views = ("clean", "adversarial")
+    for view in views:
+        wrong = sum(terms[f"teacher {k} wrong, {view}"].item() for k in (1, 2)) / 2
+        assert terms[f"rectified, {view}"].item() == pytest.approx(wrong)
+    assert terms["rectified, adversarial"] > 0
+    apart = [terms[f"features {k}, student {view}"].item() for k in (1, 2) for view in views]
+    assert terms["features"].item() == pytest.approx(sum(apart) / 2)
+    assert max(apart) > 0
     clean = build(adv_view="clean")(images, labels, noise)
     assert not [name for name in clean if name.endswith(", adversarial")]
+    without = build(rectification="none", feature_weight=0.0)(images, labels, noise)
+    assert without["rectified, adversarial"] == 0 < without["teacher 1 wrong, adversarial"]
+    assert not [name for name in without if name.startswith("features ")]
 
 
 def test_the_record_says_reconstruction_and_whether_the_comparison_was_run():
@@ -671,7 +682,7 @@ def test_teachers_that_are_missing_are_trained_first():
     common = {"threat": toys.THREAT, "attack": ATTACK}
     found = list(stages(student, [], families=["cnn_a", "resnet20_cifar"], **common))
     assert [type(o) for o in found] == [Standard, Standard, SaMdrad]
-    assert [o.training_changes for o in found[:2]] == [{"select": "clean"}] * 2
+    assert [o.training_changes for o in found[:2]] == [{"select": "clean", "awp_gamma": 0.0}] * 2
     trained = [o.student for o in found[:2]]
     assert [t.architecture for t in trained] == ["cnn_a", "resnet20_cifar"]
     assert [m.network for m in found[2].teachers.members] == trained
@@ -699,7 +710,35 @@ def test_the_saved_model_is_the_plain_student(tmp_path):
     assert keys == set(plain.state_dict())
     assert models.load(folder / "model.safetensors").about["record"]["teachers"] == ["cnn_a"]
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"teacher 1 wrong, adversarial", "weight entropy, clean", "features"} < set(row)
+    followed = {
+        "rectified, adversarial", "teacher 1 wrong, adversarial", "weight 1, adversarial",
+        "weight entropy, clean", "features", "features 1, student adversarial",
+    }  # fmt: skip
+    assert followed < set(row)
+    content = json.loads((folder / "report.json").read_text())
+    assert [each["stage"] for each in content["course"]] == ["standard teacher", "student"]
+    assert content["course"][-1] == row
+    for page in ("report.md", "report.html"):
+        shown = (folder / page).read_text()
+        assert all(term in shown for term in followed)
+        assert f"{row['rectified, adversarial']:.6g}" in shown
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rectification": "none"}, {"weights_from": "uniform"}, {"feature_weight": 0},
+        {"families": ["cnn_a"]}, {"adv_view": "clean"},
+    ],
+)  # fmt: skip
+def test_every_ablation_can_be_set_and_stands_in_the_header(settings):
+    (key, value), *_ = settings.items()
+    job = harden.plan("sa_mdrad", "resnet20_cifar", preset="digits", settings=settings)
+    plain = harden.plan("sa_mdrad", "resnet20_cifar", preset="digits")
+    assert {k for k in job.method if job.method[k] != plain.method[k]} == {key}
+    text = config.find("sa_mdrad").path.read_text()
+    said = str(value).replace("'", "")
+    assert f"--set '{key}={said}'" in text or f"--set {key}={said}" in text
 
 
 # 14: a toy, and the trap

@@ -11,8 +11,8 @@ from robustify.attacks.pgd import pgd, survives_pgd
 from robustify.models import Classifier
 from robustify.noise import Noise
 from robustify.objective import Frozen
+from robustify.settings import Training
 from robustify.threat import ThreatModel
-from robustify.train import Training
 
 LN9 = 2.1972245773362196
 THREAT = ThreatModel("Linf", 0.1)
