@@ -113,7 +113,7 @@ def distill(
     for name in ("epochs", "batch_size", "lr"):
         if (value := options.pop(name)) is not None:
             settings[f"training.{name}"] = value
-    from robustify import harden, report
+    from robustify import effort, harden, report
 
     if data is None:
         click.echo("no --data: using the bundled digits (1,797 real 8×8 images)", err=True)
@@ -121,7 +121,7 @@ def distill(
         recipe, student, teachers=teachers, dataset=data or "digits", settings=settings, **options
     )
     if dry_run:
-        click.echo(json.dumps(harden.dry_run(job), indent=2))
+        click.echo(json.dumps(effort.dry_run(job), indent=2))
         return
     folder = harden.run(job, out, resume=resume)
     if not harden.is_first_process():

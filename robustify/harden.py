@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import signal
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -19,8 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from robustify import config, course, data, models
 from robustify.attacks.pgd import pgd
@@ -319,55 +315,6 @@ def _leave(
         training_seconds=round(fitted.seconds, 1),
         versions=versions(),
     )
-
-
-def dry_run(job: Job) -> dict[str, Any]:
-    """What `distill` would do: settings, sizes, counted work, and time from three real steps."""
-    accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
-    rows = []
-    for number, objective in enumerate(objectives(job)):
-        stage = new_stage(job, copy.deepcopy(objective), number, accelerator)
-        fetched = next(iter(stage.loader))
-        stage.progress.epoch = stage.settings.epochs - 1  # by then whatever starts late is at work
-        stage.model.train()
-        with _FlopCount() as step_count:
-            stage.step(fetched)
-        images, _, _ = stage.batch(fetched, 0)
-        with _FlopCount() as forward_count, torch.no_grad():
-            stage.objective.student(images)
-        started = time.monotonic()
-        for _ in range(2):
-            stage.step(fetched)
-        seconds = (time.monotonic() - started) / 2
-        forwards = step_count.total / max(forward_count.total, 1)
-        rows.append({
-            "stage": objective.name,
-            "parameters": {n: sum(p.numel() for p in m.parameters())
-                           for n, m in objective.named_children()},
-            "steps": stage.budget,
-            "student_forwards_per_step": round(forwards, 1),
-            "model_passes": round(
-                forwards * stage.budget * len(images) * accelerator.num_processes
-            ),
-            "estimated_seconds": round(seconds * stage.budget, 1),
-        })  # fmt: skip
-    return {**job.describe(), "stages": rows}
-
-
-class _FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Floating-point operations of what runs inside. torch's own FlopCounterMode also tracks
-    modules, by hooks with which the gradient by images alone fails."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`, and count it where torch knows how."""
-        out = func(*args, **(kwargs or {}))
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 @contextmanager

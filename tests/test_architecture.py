@@ -24,6 +24,7 @@ LEVELS = [
     {"report", "tiers"},
     {"comparison", "examine", "card"},
     {"harden", "attachment", "hub"},
+    {"effort"},
     {"cli"},
     {"__main__"},
 ]

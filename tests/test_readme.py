@@ -24,7 +24,7 @@ SETUP = [line for line in COMMANDS if line.startswith("python3 -m venv")]
 SMALL = {  # what keeps a command within seconds; nothing else of it is changed
     "distill": ["--max-steps", "1", "--limit", "8", "--suite", "fgsm"],
     "evaluate": ["--limit", "8", "--suite", "fgsm"],
-    "examples": ["--max-steps", "1", "--seeds", "0", "--suite", "fgsm"],
+    "examples": ["--max-steps", "1", "--limit", "8", "--seeds", "0", "--suite", "fgsm"],
 }
 
 
