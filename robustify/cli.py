@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from robustify import __version__, config
 from robustify.errors import UsageError
 
 if TYPE_CHECKING:
+    from robustify.harden import Job
     from robustify.threat import Norm
 
 
@@ -75,6 +78,10 @@ def robustify(debug: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Default: runs/RECIPE-STUDENT-DATA.")
 @click.option("--preset", help="A named schedule of the recipe; see `robustify recipes show`.")
 @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="Change a setting.")
+@click.option(
+    "--sweep", "sweeps", multiple=True, metavar="KEY=A,B,…",
+    help="A run for every value of a setting; given again, for every combination.",
+)  # fmt: skip
 @click.option("--epochs", type=int)
 @click.option("--batch-size", type=int, help="Per process.")
 @click.option("--lr", type=float)
@@ -98,6 +105,7 @@ def distill(
     data: str | None,
     out: Path | None,
     pairs: tuple[str, ...],
+    sweeps: tuple[str, ...],
     resume: bool,
     dry_run: bool,
     as_json: bool,
@@ -108,6 +116,7 @@ def distill(
     \b
     robustify distill --recipe peeraid --student resnet18
     robustify distill --recipe trades --student resnet18 --data ./photos --eps 4/255 --set beta=3
+    robustify distill --recipe teacher_assistant --student resnet18 --sweep temperature=1,5,20,100
     """
     settings = config.overrides(pairs)
     for name in ("epochs", "batch_size", "lr"):
@@ -117,9 +126,13 @@ def distill(
 
     if data is None:
         click.echo("no --data: using the bundled digits (1,797 real 8×8 images)", err=True)
-    job = harden.plan(
-        recipe, student, teachers=teachers, dataset=data or "digits", settings=settings, **options
+    planned = partial(
+        harden.plan, recipe, student, teachers=teachers, dataset=data or "digits", **options
     )
+    if sweeps:
+        _sweep(sweeps, settings, planned, out, resume=resume, dry_run=dry_run, as_json=as_json)
+        return
+    job = planned(settings=settings)
     if dry_run:
         click.echo(json.dumps(effort.dry_run(job), indent=2))
         return
@@ -130,6 +143,35 @@ def distill(
     click.echo(json.dumps(content, indent=2) if as_json else report.markdown(content))
     if not as_json:
         click.echo(f"{folder}: model.safetensors, report.html, report.md, report.json")
+
+
+def _sweep(
+    sweeps: tuple[str, ...],
+    settings: dict[str, Any],
+    planned: Callable[..., Job],
+    out: Path | None,
+    *,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """`distill --sweep`: what would be done, or do it and print the comparison."""
+    from robustify import comparison, effort, harden, report, sweep
+
+    jobs = sweep.plan(sweeps, settings, planned)
+    if dry_run:
+        found = [{"run": name, **effort.dry_run(job)} for name, job in jobs.items()]
+        click.echo(json.dumps(found, indent=2))
+        return
+    folders = sweep.run(jobs, out, resume=resume)
+    if not harden.is_first_process():
+        return
+    contents = {name: report.read(folder) for name, folder in folders.items()}
+    if as_json:
+        click.echo(json.dumps([{"run": n, **content} for n, content in contents.items()], indent=2))
+        return
+    click.echo(comparison.compare_markdown([*contents.values()], names=[*contents]))
+    click.echo(f"{next(iter(folders.values())).parent}: comparison.html, comparison.md, the runs")
 
 
 @robustify.command()

@@ -11,10 +11,12 @@ from markupsafe import Markup
 from robustify.charts import Series, curve, key
 from robustify.errors import UsageError
 from robustify.rendering import percent, render
-from robustify.report import series
+from robustify.report import masked, series
 from robustify.schema import validate
 
 ASPECTS = ("threat model", "data", "n", "suite")
+COMPARED = ("run", "clean accuracy", "S1 (median)", "S2 / T", "S3 (Linf)", "naive: PGD on CE",
+            "adaptive: PGD on z / s", "worst case over all attacks", "verdict")  # fmt: skip
 
 
 def compare_markdown(contents: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
@@ -39,13 +41,18 @@ def view(contents: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> di
     marks = [_mark(position) for position in range(len(contents))]
     shown = names or [""] * len(contents)
     runs = [_run(*one) for one in zip(contents, marks, shown, strict=True)]
+    labels = [f"{run['mark']} {run['name']}".strip() for run in runs]
     differing = [aspect for aspect in ASPECTS if len({run["aspects"][aspect] for run in runs}) > 1]
     return {
         "runs": runs,
         "differing": differing,
+        "compared_headers": COMPARED,
+        "compared": _compared(contents, labels),
+        "masked": [f"{label}: {said}" for label, content in zip(labels, contents, strict=True)
+                   if (said := masked(content))],
         "warnings": [_warning(aspect, runs) for aspect in differing],
         "conclusion": "" if differing else _conclusion(runs),
-    }
+    }  # fmt: skip
 
 
 def _mark(position: int) -> str:
@@ -73,6 +80,29 @@ def _run(content: Mapping[str, Any], mark: str, name: str) -> dict[str, Any]:
             "suite": str(content["suite"]),
         },
     }  # fmt: skip
+
+
+def _compared(contents: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[list[str]]:
+    """Run, clean accuracy, sensitivities, naive PGD, adaptive PGD, everything that was tried,
+    verdict: a row for each run, if both were made on any."""
+    rows = []
+    for content, label in zip(contents, labels, strict=True):
+        found = {r["name"]: r["robust_accuracy"] for r in content.get("side_by_side") or ()}
+        pair = [percent(found[n]) if n in found else "" for n in ("pgd-ce", "pgd-ce-scaled")]
+        rows.append([
+            label, percent(content["clean_accuracy"]), *_sensitivity(content.get("sensitivity")),
+            *pair, percent(content["robust_accuracy"]), content["verdict"]["status"],
+        ])  # fmt: skip
+    return rows if any(row[-4] and row[-3] for row in rows) else []
+
+
+def _sensitivity(found: Mapping[str, Any] | None) -> list[str]:
+    """S1, S2 / T and S3; empty where they were not taken."""
+    if not found:
+        return ["", "", ""]
+    distance = (found["s3"] or {}).get("Linf")
+    return [f"{found['s1']['1']['median']:.2g}", f"{found['s2_over_temperature']:.2g}",
+            "–" if distance is None else f"{distance:.2g}"]  # fmt: skip
 
 
 def _warning(aspect: str, runs: Sequence[Mapping[str, Any]]) -> str:

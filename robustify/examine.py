@@ -19,17 +19,20 @@ from robustify import data, models
 from robustify.classifier import Classifier
 from robustify.data import DataSet
 from robustify.errors import UsageError
-from robustify.evaluation import Report, evaluate
+from robustify.evaluation import LEVEL_OF_SUITE, Report, evaluate
 from robustify.gallery import gallery
 from robustify.journal import Journal
 from robustify.plausible import Reference
 from robustify.processes import this_process
 from robustify.purifier import Purified, facts
 from robustify.report import complete, write_report
+from robustify.sensitivity import sensitivity
 from robustify.threat import Norm, ThreatModel
 from robustify.tiers import extend
 
 log = logging.getLogger(__name__)
+
+SENSITIVITY_IMAGES = 1000  # our choice, as for the checks: one gradient per class and image
 
 
 def assess(
@@ -83,6 +86,7 @@ def assess(
                 parameters=sum(p.numel() for p in model.parameters()),
                 architecture=model.architecture,
             ),
+            checks=LEVEL_OF_SUITE.get(suite, "quick") if _defenses(model) else None,
             temperature=model.about.get("record", {}).get("temperature"),
             preprocessed=isinstance(model, Purified),
             transfer_from=transfer_from,
@@ -142,12 +146,29 @@ def examine(
         reports[0], about["more"] = extend(
             reports[0], classifier, loaded, more=about["more"], batch_size=batch_size
         )
-    about["more"] |= shown(reports[0], loaded)
+    about["more"] |= masking(classifier, loaded, reports[0]) | shown(reports[0], loaded)
     if len(reports) > 1:
         about["more"]["curve"] = [curve_point(report) for report in reports]
     if out is not None:
         write_report(out, reports[0], **about)
     return complete(reports[0], **about)
+
+
+def _defenses(model: Classifier) -> list[str]:
+    """The defenses, known for masking gradients, that its recipe says a model was trained by."""
+    return list(model.about.get("record", {}).get("defenses", ()))
+
+
+def masking(model: Classifier, dataset: DataSet, report: Report) -> dict[str, Any]:
+    """What the report on a model with such a defense must hold besides: which, and sensitivity."""
+    if not _defenses(model):
+        return {}
+    n = min(report.n, SENSITIVITY_IMAGES)
+    images, labels, _ = dataset.test.take(n).__getitems__(range(n))
+    device = next(model.parameters()).device
+    found = sensitivity(model, data.to_float(images).to(device), labels.to(device),
+                        temperature=float(model.about["record"]["temperature"]))  # fmt: skip
+    return {"defenses": _defenses(model), "sensitivity": found}
 
 
 def shown(report: Report, dataset: DataSet) -> dict[str, Any]:

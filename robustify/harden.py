@@ -20,9 +20,11 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 
 from robustify import config, course, data, models
 from robustify.attacks.pgd import pgd
+from robustify.classifier import Classifier
 from robustify.data import DataSet
 from robustify.errors import UsageError
-from robustify.examine import assess, shown, versions
+from robustify.examine import assess, masking, shown, versions
+from robustify.frozen import Frozen
 from robustify.objective import Objective
 from robustify.processes import on_cpu, this_process
 from robustify.purifier import Purified, facts
@@ -170,8 +172,7 @@ def run(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
     every process calls this, and the first one owns the folder. Raises what `RunFolder.held` and
     `fit` raise; KeyboardInterrupt after saving a checkpoint.
     """
-    name = f"{job.recipe.name}-{Path(job.student).stem}-{job.dataset.name}"
-    folder = RunFolder(out if out is not None else Path("runs") / name)
+    folder = RunFolder(out if out is not None else Path("runs") / name_of(job))
     accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
     owner = accelerator.is_main_process
     with folder.held(job.describe(), resume=resume) if owner else nullcontext():
@@ -179,9 +180,13 @@ def run(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
         if folder.record.get("status") == "finished":
             log.warning("%s is already finished; --no-resume trains it anew", folder.path)
             return folder.path
-        objective, fitted, outline, rows = _work(job, folder, accelerator)
-        _leave(job, folder, objective, fitted, outline, rows, accelerator)
+        _leave(job, folder, _work(job, folder, accelerator), accelerator)
     return folder.path
+
+
+def name_of(job: Job) -> str:
+    """What a run's folder is called unless told otherwise."""
+    return f"{job.recipe.name}-{Path(job.student).stem}-{job.dataset.name}"
 
 
 def new_accelerator(precision: str, accumulate: int, seed: int) -> Accelerator:
@@ -237,18 +242,30 @@ def new_stage(job: Job, objective: Objective, number: int, accelerator: Accelera
     )  # fmt: skip
 
 
-def _work(
-    job: Job, folder: RunFolder, accelerator: Accelerator
-) -> tuple[Objective, Fitted, list[dict[str, Any]], list[dict[str, Any]]]:
-    """Train the stages one after the other; a finished stage is loaded instead. The last
-    objective, what it left, one row per stage, and one per epoch."""
+@dataclass(frozen=True)
+class _Trained:
+    """The last objective, what it left, one row per stage and one per epoch, and by their roles
+    the classifiers that were trained or used on the way, other than the student."""
+
+    objective: Objective
+    fitted: Fitted
+    outline: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    others: dict[str, Classifier]
+
+
+def _work(job: Job, folder: RunFolder, accelerator: Accelerator) -> _Trained:
+    """Train the stages one after the other; a finished stage is loaded instead."""
     last: Objective | None = None
+    met: dict[Classifier, str] = {}
     fitted: Fitted | None = None
     outline: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     with interruptible() as interrupted:
         for number, objective in enumerate(objectives(job)):
             last = objective
+            for role, network in _classifiers(objective):
+                met.setdefault(network, role)
             stage = new_stage(job, objective, number, accelerator)
             before = list(rows)
 
@@ -265,28 +282,38 @@ def _work(
                             "seconds": round(fitted.seconds, 1)})  # fmt: skip
     if last is None or fitted is None:
         raise UsageError(f"expected recipe {job.recipe.name} to yield at least one Objective")
-    return last, fitted, outline, rows
+    others = {role: network for network, role in met.items() if network is not last.student}
+    return _Trained(last, fitted, outline, rows, others)
+
+
+def _classifiers(objective: Objective) -> Iterator[tuple[str, Classifier]]:
+    """The classifiers of a stage, by their roles: frozen ones, and the one it trains."""
+    for role, module in objective.named_children():
+        if isinstance(module, Frozen) and isinstance(module.network, Classifier):
+            yield role, module.network
+    yield objective.name, objective.student
 
 
 def _leave(
     job: Job,
     folder: RunFolder,
-    objective: Objective,
-    fitted: Fitted,
-    outline: list[dict[str, Any]],
-    rows: list[dict[str, Any]],
+    trained: _Trained,
     accelerator: Accelerator,
 ) -> None:
     """Weights, configuration, report and record."""
-    record = dict(objective.record)
-    about = {"recipe": job.recipe.name, "threat_model": job.describe()["threat_model"],
-             "data": job.dataset.source, "selection": fitted.selection, "record": record,
-             "seed": job.seed}  # fmt: skip
-    student = objective.student.to("cpu").to(memory_format=torch.contiguous_format)
+    fitted, outline, others = trained.fitted, trained.outline, trained.others
+    record = dict(trained.objective.record)
+    student = trained.objective.student.to("cpu").to(memory_format=torch.contiguous_format)
+    student.about |= {
+        "recipe": job.recipe.name, "threat_model": job.describe()["threat_model"],
+        "data": job.dataset.source, "selection": fitted.selection, "record": record,
+        "seed": job.seed,
+    }  # fmt: skip
     if accelerator.is_main_process:
-        models.save(student, folder.path, about)
+        models.save(student, folder.path)
     report = assess(student.to(accelerator.device), job.dataset, job.threat, suite=job.suite,
-                    limit=job.limit, seed=job.seed, out=folder.path)  # fmt: skip
+                    limit=job.limit, seed=job.seed, out=folder.path,
+                    transfer_from=others if record.get("defenses") else None)  # fmt: skip
     if not accelerator.is_main_process:
         return
     training = {
@@ -296,14 +323,16 @@ def _leave(
         "record": record,
     }
     more: dict[str, Any] = {"notices": record.get("notices", ()), "selection": fitted.selection,
-            "course": course.sampled(rows),
+            "course": course.sampled(trained.rows),
             "cost": {"training seconds": round(sum(row["seconds"] for row in outline), 1)},
-            **shown(report, job.dataset)}  # fmt: skip
+            **masking(student, job.dataset, report), **shown(report, job.dataset)}  # fmt: skip
     described: dict[str, Any] = {**models.describe(student),
                                  "weights_hash": models.weights_hash(student)}  # fmt: skip
     if isinstance(student, Purified):
         described |= facts(student)
-        report, more = extend(report, student, job.dataset, more=more)
+        surrogate = next((n for n in reversed(others.values()) if isinstance(n, Purified)), None)
+        report, more = extend(report, student, job.dataset, more=more,
+                              surrogate=surrogate and surrogate.eval())  # fmt: skip
         folder.update(**facts(student))
     write_report(folder.path, report, model=described, data=job.dataset, training=training,
                  more=more)  # fmt: skip

@@ -32,12 +32,14 @@ WORDS = {
 SIGNS = {"reliable": "✓", "suspect": "▲", "not applicable": "–"}
 OUTCOMES = {True: "▲ raised", False: "· silent", None: "– not run"}
 SPARED = "△ raised, not decisive"
+MASKED = ("F1", "F2", "F3")  # what a naive attack shows where the logits blind it
+GAP = 0.02  # between naive and adaptive, that F3 takes for masking
 FEW = 20  # classes shown one by one; of more, the weakest and the strongest
 ENDS = 8
 OPTIONAL = (
     "training", "defenses", "side_by_side", "tiers", "flags", "curve", "classes", "gallery",
-    "before", "distances", "reference", "passes", "selection", "notices", "course", "seconds",
-    "cost", "versions", "command",
+    "before", "sensitivity", "distances", "reference", "passes", "selection", "notices", "course",
+    "seconds", "cost", "versions", "command",
 )  # fmt: skip
 OF_ATTACK = ("alone", "newly_broken", "queries", "passes")
 
@@ -167,7 +169,33 @@ def view(content: Mapping[str, Any]) -> dict[str, Any]:
             "Naive against adaptive attack": filled["side_by_side"],
             "What the attacker knows": filled["tiers"],
         },
+        "masked": masked(content),
     }
+
+
+def masked(content: Mapping[str, Any]) -> str:
+    """The sentence that calls gradient masking what it is; empty where none was seen."""
+    rows = content.get("side_by_side") or ()
+    of = {
+        tier: min(
+            (row for row in rows if row["tier"] == tier),
+            default=None,
+            key=lambda row: row["robust_accuracy"],
+        )
+        for tier in ("naive", "adaptive")
+    }
+    naive, adaptive = of["naive"], of["adaptive"]
+    raised = [f["name"] for f in content.get("flags") or () if f["raised"] and f["name"] in MASKED]
+    if not raised or naive is None or adaptive is None:
+        return ""
+    if naive["robust_accuracy"] <= adaptive["robust_accuracy"] + GAP:
+        return ""
+    return (
+        f"This model masks gradients ({', '.join(raised)}): {naive['name']} leaves "
+        f"{percent(naive['robust_accuracy'])} right, {adaptive['name']} "
+        f"{percent(adaptive['robust_accuracy'])}. The difference is an attack that failed, and no "
+        "robustness."
+    )
 
 
 def _attacks(content: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -255,12 +283,33 @@ def _facts(content: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
                  ("images evaluated", f"{content['n']:,}"), ("classes", f"{len(names or ()):,}")],
         "Training": list(rows_of(content["training"] or {})),
         "Selection of the checkpoint": list(rows_of(_named(content["selection"], "how"))),
+        "Sensitivity to the images": _sensitivity(content["sensitivity"] or {}),
         "Smallest perturbations": list(rows_of(content["distances"] or {})),
         "Reference": list(rows_of(_named(content["reference"], "row"))),
         "Cost": list(rows_of(cost)),
         "Versions": list(rows_of(content["versions"] or {})),
     }  # fmt: skip
     return {heading: rows for heading, rows in groups.items() if rows}
+
+
+def _sensitivity(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The three measures, the one that no scale of the logits moves first."""
+    if not found:
+        return []
+    s3 = ", ".join(f"{norm} {plain(value)}" for norm, value in (found["s3"] or {}).items())
+    rows = [
+        ("S3: pixels to the boundary, were it flat (median)", s3 or "no image is right"),
+        ("S2: mean gradient of the summed logits", plain(found["s2"])),
+        ("S2 / T", f"{plain(found['s2_over_temperature'])}, T = {plain(found['temperature'])}"),
+    ]
+    for temperature, s1 in found["s1"].items():
+        counts = ", ".join(f"1e{e}: {n}" for e, n in s1["log10_histogram"].items())
+        rows += [
+            (f"S1: mean gradient of the probabilities at temperature {temperature}",
+             f"median {plain(s1['median'])}, mean {plain(s1['mean'])}, exactly 0: {s1['zeros']}"),
+            (f"S1 at temperature {temperature}, images by power of ten", counts or "none"),
+        ]  # fmt: skip
+    return [*rows, ("images", f"{found['n']}, of which {found['n_right']} right")]
 
 
 def _both(text: str, number: float) -> str:

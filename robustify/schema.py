@@ -19,7 +19,8 @@ Accuracies are fractions of all n images; intervals are 95 % Wilson, `[low, high
 Optional keys, shown when present:
 
     defenses          ["defensive distillation", "purifier"], either or both; the first demands
-                      `side_by_side`, the second a row of tier W in `tiers`
+                      `side_by_side` where an image is right and eps > 0, the second a row of
+                      tier W in `tiers`
     side_by_side      rows, at least one of tier "naive" and one of tier "adaptive"
     tiers             rows, one per attacker tier that was run: G0, G1, G2, W, Q
         a row         {tier, name, description, robust_accuracy, interval, headline: bool}; and n
@@ -32,6 +33,8 @@ Optional keys, shown when present:
     gallery           [{index, label, prediction, prediction_adv, attack, factor, image, image_adv,
                       delta}], class names and PNG data URIs, as `robustify.gallery` makes them
     before            {name, clean_accuracy}, optionally robust_accuracy: the model undefended
+    sensitivity       {n, n_right, temperature, s1, s2, s2_over_temperature, s3}: what
+                      `robustify.sensitivity` measures, S1 by the temperature it was read at
     distances         {attack, norm, mean, median, success_rate}: smallest perturbations found
     reference         {name, clean_accuracy, robust_accuracy, source}, or "no reference row"
     passes            {forward, backward}: model passes per evaluated image, everything included
@@ -229,7 +232,8 @@ def _check_defenses(content: Mapping[str, Any]) -> None:
     tiers = {row["tier"] for row in content.get("tiers") or ()}
     compared = {row["tier"] for row in content.get("side_by_side") or ()}
     defenses = content.get("defenses") or ()
-    if "defensive distillation" in defenses and not {"naive", "adaptive"} <= compared:
+    attackable = content["clean_accuracy"] > 0 and content["threat_model"]["eps"] > 0
+    if attackable and "defensive distillation" in defenses and compared != {"naive", "adaptive"}:
         _refuse("naive and adaptive rows side_by_side (defensive distillation)", "none")
     if "purifier" in defenses and "W" not in tiers:
         _refuse("a white-box row (tier W) for a purifier", f"tiers {sorted(tiers)}")

@@ -24,7 +24,7 @@ LEVELS = [
     {"report", "tiers"},
     {"comparison", "examine", "card"},
     {"harden", "attachment", "hub"},
-    {"effort"},
+    {"effort", "sweep"},
     {"cli"},
     {"__main__"},
 ]

@@ -295,3 +295,15 @@ def test_a_browser_shows_the_page(tmp_path):
     assert colours[paper] > 100_000
     assert colours[blue] > 5_000
     assert len(colours) > 100
+
+
+def test_masking_is_called_what_it_is():
+    content = full("suspect")
+    said = "This model masks gradients (F1): PGD-40 on CE leaves 79.1 % right, AutoAttack 49.7 %."
+    assert said in report.markdown(content)
+    assert said in Page(report.html(content)).text
+    content["side_by_side"][0]["robust_accuracy"] = 0.515  # less than F3 takes for masking
+    assert "masks gradients" not in report.markdown(content)
+    assert "masks gradients" not in report.markdown(
+        full()
+    )  # as far apart, but no check saw masking

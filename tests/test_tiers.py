@@ -11,8 +11,10 @@ from robustify import data
 from robustify.attacks.passes import Passes
 from robustify.classifier import Classifier
 from robustify.evaluation import Row, evaluate
+from robustify.harden import distill
 from robustify.losses import cross_entropy
 from robustify.purifier import Purified, Purifier
+from robustify.report import read
 from robustify.threat import ThreatModel
 from robustify.tiers import bpda, cost, crafted, extend, of_report, psnr, ssim
 
@@ -229,3 +231,20 @@ def test_what_a_purifier_costs():
         found["purifier_parameters"] / 640, rel=1e-3
     )
     assert cost(pair(nn.Identity()), torch.rand(4, 1, 8, 8))["psnr_db"] == "infinite"
+
+
+@pytest.mark.parametrize(("mode", "taught_by", "known"), [
+    ("adaptive", "both", True), ("paper_like", "normal", True), ("paper_like", "none", False),
+])  # fmt: skip
+def test_distill_transfers_from_the_teacher_of_the_purifier(tmp_path, mode, taught_by, known):
+    settings = {"mode": mode, "taught_by": taught_by, "teacher_size": "tiny", "size": "tiny"}
+    folder = distill("purifier", "cnn_a", out=tmp_path / "p", settings=settings, max_steps=1,
+                     limit=12, suite="pgd", train_limit=160)  # fmt: skip
+    content = read(folder)
+    tiers = [row["tier"] for row in content["tiers"]]
+    assert tiers == [*(["G0"] if known else []), "G1", "G2", "W"]
+    assert content["defenses"] == ["purifier"]
+    (missing,) = [notice for notice in content["notices"] if "not run" in notice]
+    assert ("G0" in missing) is not known
+    headline = [row["tier"] for row in content["tiers"] if row["headline"]]
+    assert headline == ["W"]

@@ -100,7 +100,9 @@ def stages(
     at = TEMPERATURES[mode] if temperature is None else temperature
     check_temperature(at)
     wanted = assistants if assistants is not None else int(mode != "robust")
-    record = {"mode": mode, "temperature": at, "notices": [NOTICE] if mode == "paper" else []}
+    masks = mode == "paper"
+    record = {"mode": mode, "temperature": at, "notices": [NOTICE] if masks else [],
+              "defenses": ["defensive distillation"] if masks else []}  # fmt: skip
     if mode == "paper":
         links = _paper(
             student, teachers, wanted, record, at=at, folded=temperature_training == "folded",
