@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from robustify.threat import Norm
 
 
+COLUMN = 30  # characters a column of text
+
+
 class Eps(click.ParamType[float]):
     """A number such as 8/255 or 0.03."""
 
@@ -384,29 +387,45 @@ def recipes() -> None:
 @recipes.command("list")
 @as_json
 def list_recipes(as_json: bool) -> None:
-    """Every recipe in one line.
+    """Every recipe: idea, paper, cost per step, the teachers it needs, measured numbers.
 
     \b
     robustify recipes list
     """
     from tabulate import tabulate
 
-    rows = [{"name": name, **config.find(name).about} for name in config.names()]
-    click.echo(json.dumps(rows, indent=2) if as_json else tabulate(rows, headers="keys"))
+    cards = [config.find(name).card for name in config.names()]
+    if as_json:
+        click.echo(json.dumps(cards, indent=2))
+        return
+    widths = [None, *[COLUMN] * len(config.ABOUT)]
+    click.echo(tabulate(cards, headers="keys", tablefmt="simple_grid", maxcolwidths=widths))
 
 
 @recipes.command("show")
 @click.argument("name")
-def show_recipe(name: str) -> None:
-    """A recipe's YAML file.
+@as_json
+def show_recipe(name: str, as_json: bool) -> None:
+    """What a recipe is and needs, its presets, and its YAML file with every setting.
 
     \b
     robustify recipes show peeraid
     """
+    from tabulate import tabulate
+
     found = config.find(name)
+    card = {**found.card, "presets": ", ".join(found.presets) or "none"}
+    if as_json:
+        sections = {**found.sections, "presets": dict(found.presets)}
+        click.echo(json.dumps({**found.card, **sections}, indent=2))
+        return
+    widths = [None, 2 * COLUMN + 16]
+    click.echo(tabulate(card.items(), tablefmt="plain", maxcolwidths=widths))
+    click.echo()
     if found.path is None:
-        raise UsageError(f"recipe {name} has no YAML file; its settings are those of its signature")
-    click.echo(found.path.read_text(encoding="utf-8"), nl=False)
+        click.echo("no YAML file: its settings are the keyword arguments of its `stages`")
+    else:
+        click.echo(found.path.read_text(encoding="utf-8"), nl=False)
 
 
 @recipes.command("copy")

@@ -24,6 +24,13 @@ import yaml
 from robustify.errors import UsageError, suggest
 
 SECTIONS = ("method", "attack", "training")
+ABOUT = {  # what a recipe says of itself, in text, and what is shown where it does not
+    "idea": "not said",
+    "paper": "not said",
+    "cost": "not said",  # per step, in student forwards
+    "teachers": "not said",  # which it takes, robust or standard
+    "measured": "not measured",  # with student, data, attack, eps, n and seeds
+}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?(/\d+\.?\d*)?")
 _EPS = re.compile(r"eps(?:\s*([*/])\s*(\d+\.?\d*))?")
 
@@ -35,9 +42,14 @@ class Recipe:
     name: str
     path: Path | None
     module: str  # an installed module's name, or the path of a Python file
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def card(self) -> dict[str, str]:
+        """The recipe as people read it: its name, and every entry of `ABOUT`."""
+        return {"name": self.name, **ABOUT, **self.about}
 
     def load(self) -> types.ModuleType:
         """Import the recipe's Python module."""
@@ -132,9 +144,16 @@ def _read(path: Path | None, name: str, module: str) -> Recipe:
                 f"{path}: expected sections {', '.join(known)}, got {key!r}"
                 + suggest(str(key), known)
             )
+    about = dict(content.get("about") or {})
+    for key, value in about.items():
+        if key not in ABOUT or not isinstance(value, str):
+            raise UsageError(
+                f"{path}: expected text about {', '.join(ABOUT)}, got {key}: {value!r}"
+                + suggest(str(key), ABOUT)
+            )
     sections = {key: dict(content.get(key) or {}) for key in SECTIONS}
     presets = dict(content.get("presets") or {})
-    return Recipe(name, path, module, dict(content.get("about") or {}), sections, presets)
+    return Recipe(name, path, module, about, sections, presets)
 
 
 def overrides(pairs: typing.Iterable[str]) -> dict[str, Any]:

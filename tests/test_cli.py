@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from reports import minimal
 
+from robustify import config
 from robustify.__main__ import main
 
 TINY = ["--student", "resnet20_cifar", "--max-steps", "2", "--limit", "20", "--suite", "pgd"]
@@ -276,3 +277,39 @@ def test_the_recipes_are_listed_as_people_read_them(run):
     code, out, _ = run("recipes", "list", "--json")
     assert code == 0
     assert {row["name"] for row in json.loads(out)} >= {"peeraid", "pgd_at", "standard", "trades"}
+
+
+def test_a_recipe_says_what_it_is_and_what_it_needs(run, tmp_path):
+    (tmp_path / "own.yaml").write_text("recipe: pgd_at\nabout: {measured: 70 % of 360 digits}\n")
+    code, out, _ = run("recipes", "show", "rslad")
+    assert code == 0
+    first, rest = out.split("\n\n", 1)
+    for words in ("rslad", "Zi et al.", "26 student forwards", "robust", "paper", "digits"):
+        assert words in first
+    assert rest == (config.folders()[1] / "rslad.yaml").read_text()
+    card = json.loads(run("recipes", "show", "own.yaml", "--json")[1])
+    assert card["measured"] == "70 % of 360 digits"
+    assert card["idea"] == "not said"
+    assert "70 % of 360 digits" in run("recipes", "show", "own.yaml")[1]
+    for row in json.loads(run("recipes", "list", "--json")[1]):
+        assert list(row) == ["name", *config.ABOUT]
+        assert "not said" not in row.values()
+    listed = run("recipes", "list")[1]
+    assert all(f" {name} " in listed for name in config.names())
+
+
+@pytest.mark.parametrize(("about", "said"), [("mesured: 1 %", "did you mean 'measured'"),
+                                             ("measured: 3", "expected text")])  # fmt: skip
+def test_what_a_recipe_says_of_itself_is_checked(run, tmp_path, about, said):
+    (tmp_path / "own.yaml").write_text(f"recipe: pgd_at\nabout: {{{about}}}\n")
+    code, _, err = run("recipes", "show", "own.yaml")
+    assert code == 2
+    assert said in err
+
+
+def test_a_recipe_without_settings_of_its_own_is_shown(run, tmp_path):
+    (tmp_path / "own.py").write_text("def stages(student, teachers):\n    yield\n")
+    code, out, _ = run("recipes", "show", "own.py")
+    assert code == 0
+    assert "not measured" in out
+    assert "no YAML file" in out
