@@ -205,11 +205,11 @@ def resolve(
 
 
 def schema(target: Callable[..., Any], *, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Name -> annotation of the keyword-only parameters of `target`."""
+    """Name -> annotation of the keyword-only parameters of `target`, Any where there is none."""
     hints = typing.get_type_hints(target)
     parameters = inspect.signature(target).parameters.values()
     return {
-        p.name: hints[p.name]
+        p.name: hints.get(p.name, Any)
         for p in parameters
         if p.kind is p.KEYWORD_ONLY and p.name not in without
     }

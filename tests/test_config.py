@@ -1,5 +1,7 @@
 """Settings: what YAML and --set may say, and what happens to everything else."""
 
+from typing import Any
+
 import pytest
 import yaml
 
@@ -118,3 +120,10 @@ def test_yaml_files_hold_plain_values():
     for name in config.names():
         content = yaml.safe_load(config.find(name).path.read_text())
         assert isinstance(content, dict)
+
+
+def test_a_parameter_without_annotation_takes_any_plain_value():
+    def stages(student, teachers, *, weight=0.5, name: str = "a"):
+        yield
+
+    assert config.schema(stages) == {"weight": Any, "name": str}

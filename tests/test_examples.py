@@ -1,6 +1,7 @@
 """Every script of examples/ runs, at toy size."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,20 @@ from robustify import models
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(script, *words, cwd):
+def tried(script, *words, cwd):
+    """Run an example: exit code, stdout, stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, EXAMPLES / script, *map(str, words)], cwd=cwd, env=environment,
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return done.returncode, done.stdout, done.stderr
+
+
+def run(script, *words, cwd):
+    code, out, err = tried(script, *words, cwd=cwd)
+    assert code == 0, err[-2000:]
+    return out
 
 
 @pytest.fixture
@@ -80,3 +87,54 @@ def test_a_purifier_before_a_transformers_classifier(tmp_path):
               "--max-steps", 1, "--suite", "fgsm", "--limit", 4, cwd=tmp_path)  # fmt: skip
     assert out.count("  W ") == 2
     assert "runs/purified-attached" in out
+
+
+def test_a_new_recipe_is_written_in_under_40_lines_and_used(tmp_path):
+    assert len((EXAMPLES / "new_recipe.py").read_text().splitlines()) < 40
+    code, out, err = tried("new_recipe.py", "--student", "cnn_a", "--max-steps", "2", "--limit", "8",
+                         "--suite", "fgsm", "--set", "pair_weight=2",
+                         cwd=tmp_path)  # fmt: skip
+    assert code == 0, err
+    assert "Robustness of cnn_a on digits" in out
+    assert (tmp_path / "runs" / "pairing-cnn_a-digits" / "model.safetensors").is_file()
+    code, _, err = tried(
+        "new_recipe.py", "--student", "cnn_a", "--set", "pair_wait=2", cwd=tmp_path
+    )
+    assert code == 2
+    assert "did you mean 'pair_weight'" in err
+
+
+def test_the_gpu_script_is_trained_in_pieces(tmp_path):
+    small = ["--data", "digits", "--student", "cnn_a", "--train-limit", "160", "--limit", "8",
+             "--suite", "fast"]  # fmt: skip
+    small += ["--max-steps", "2", "--out", "short"]
+    code, out, err = tried("cifar10_resnet18.py", *small, "--minutes", "0", cwd=tmp_path)
+    assert code == 130, err
+    assert re.search(r"1 calls, \d\.\d minutes so far", out)
+    code, out, err = tried("cifar10_resnet18.py", *small, cwd=tmp_path)
+    assert code == 0, err
+    assert re.search(r"train: student +0\.\d\d\n", out)
+    assert re.search(r"everything, 2 calls +\d\.\d\d\n", out)
+    assert "Linf 8/255, suite fast, n = 8, seed 0: clean" in out
+    assert (tmp_path / "short" / "metrics.jsonl").is_file()
+
+
+def test_recipes_are_compared_at_the_passes_of_one_of_them(tmp_path):
+    command = ["compare_recipes.py", "--recipes", "standard,pgd_at", "--student", "cnn_a",
+               "--equal-passes", "pgd_at", "--set", "training.batch_size=256", "--seeds", "0",
+               "--max-steps", "1", "--limit", "8", "--suite", "fast"]  # fmt: skip
+    code, out, err = tried(*command, cwd=tmp_path)
+    assert code == 0, err
+    header, _, standard, pgd_at = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in out.splitlines()[2:6]
+    )  # fmt: skip
+    assert header == ["recipe", "clean", "naive PGD", "fast", "95 % interval", "verdict", "epochs",
+                      "model passes", "minutes"]  # fmt: skip
+    assert (standard[6], pgd_at[6]) == ("132", "12")  # 2 and 22 passes an image
+    assert (standard[7], pgd_at[7]) == ("512", "5,632")
+    assert standard[5] == "not applicable 1"  # 8 images
+    code, again, err = tried(*command, cwd=tmp_path)
+    assert code == 0
+    assert err.count("is already finished") == 2
+    assert again == out
