@@ -91,8 +91,8 @@ def test_a_purifier_before_a_transformers_classifier(tmp_path):
 
 def test_a_new_recipe_is_written_in_under_40_lines_and_used(tmp_path):
     assert len((EXAMPLES / "new_recipe.py").read_text().splitlines()) < 40
-    code, out, err = tried("new_recipe.py", "--student", "cnn_a", "--max-steps", "2", "--limit", "8",
-                         "--suite", "fgsm", "--set", "pair_weight=2",
+    code, out, err = tried("new_recipe.py", "--student", "cnn_a", "--max-steps", "2",
+                         "--limit", "8", "--suite", "fgsm", "--set", "pair_weight=2",
                          cwd=tmp_path)  # fmt: skip
     assert code == 0, err
     assert "Robustness of cnn_a on digits" in out
