@@ -17,6 +17,8 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("robustify").setLevel(logging.INFO)
+    # timm warns that a cosine of one epoch does not fall: it is not meant to.
+    logging.getLogger("timm.scheduler").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
     try:
         from robustify.cli import robustify

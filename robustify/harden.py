@@ -322,9 +322,10 @@ def _leave(
         "stages": outline,
         "record": record,
     }
+    seconds = round(sum(row["seconds"] for row in outline), 1)
     more: dict[str, Any] = {"notices": record.get("notices", ()), "selection": fitted.selection,
             "course": course.sampled(trained.rows),
-            "cost": {"training seconds": round(sum(row["seconds"] for row in outline), 1)},
+            "cost": {"training seconds": seconds},
             **masking(student, job.dataset, report), **shown(report, job.dataset)}  # fmt: skip
     described: dict[str, Any] = {**models.describe(student),
                                  "weights_hash": models.weights_hash(student)}  # fmt: skip
@@ -341,7 +342,7 @@ def _leave(
         selection=fitted.selection,
         stages=outline,
         record=record,
-        training_seconds=round(fitted.seconds, 1),
+        training_seconds=seconds,
         versions=versions(),
     )
 
