@@ -39,6 +39,12 @@ def test_model_passes_are_those_of_the_formula(recipe, stages):
     assert all(stage.per_epoch % TRAIN == 0 for stage in found)
 
 
+def test_the_pass_that_finds_the_worst_weights_is_counted():
+    settings = {"training.awp_gamma": 0.01, "training.awp_start": 0}
+    (stage,) = count(job("pgd_at", settings=settings))
+    assert stage.per_epoch == (ATTACK + 4) * TRAIN
+
+
 def test_a_purifier_and_its_classifier_are_two_networks():
     stages = {s.name: s for s in count(job("purifier", settings={"mode": "paper_like"}))}
     # The normal teacher maps images to images: one forward and one backward, no classifier.
