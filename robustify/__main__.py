@@ -10,6 +10,9 @@ import click
 
 from robustify.errors import RobustifyError
 
+_CONTINUES = "the same command continues"
+_NOTHING_KEPT = "nothing was kept (evaluate --out FOLDER keeps every verdict)"
+
 
 def main() -> None:
     """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong usage,
@@ -29,7 +32,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; the same command continues", err=True)
+        kept = sys.argv[1:2] in (["distill"], ["attach"]) or "--out" in sys.argv
+        click.echo(f"interrupted; {_CONTINUES if kept else _NOTHING_KEPT}", err=True)
         sys.exit(130)
     except RobustifyError as error:
         if debug:

@@ -25,7 +25,7 @@ from robustify.purifier import (
 )
 from robustify.report import write_report
 from robustify.run_folder import RunFolder
-from robustify.threat import Norm, ThreatModel
+from robustify.threat import Norm, ThreatModel, chosen
 from robustify.tiers import extend
 from robustify.weights import CLASSIFIER_FOLDER
 
@@ -58,7 +58,7 @@ def attach(
                        image_size=pair.image_size)  # fmt: skip
     _check(saved, pair, loaded, str(classifier))
     trained = saved.about.get("threat_model") or vars(loaded.threat)
-    threat = ThreatModel(norm or trained["norm"], trained["eps"] if eps is None else eps)
+    threat = chosen(norm, eps, ThreatModel(trained["norm"], trained["eps"]))
     run = {
         "attach": {"purifier": str(saved.path), "classifier": str(classifier), **facts(pair)},
         "data": {"name": loaded.name, "fingerprint": loaded.fingerprint},

@@ -24,7 +24,7 @@ from robustify.fold import constant
 from robustify.objective import evaluating
 from robustify.plausible import Reference
 from robustify.processes import this_process
-from robustify.threat import Norm, ThreatModel, format_eps
+from robustify.threat import Norm, ThreatModel, chosen, format_eps
 from robustify.verdict import Verdict
 
 SCHEMA = 1
@@ -210,7 +210,7 @@ def evaluate(
     *,
     suite: str = "standard",
     norm: Norm = "Linf",
-    eps: float = 8 / 255,
+    eps: float | None = None,
     batch_size: int = 250,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
@@ -224,6 +224,8 @@ def evaluate(
     done: Mapping[str, Mapping[int, bool]] | None = None,
 ) -> Report:
     """Clean and robust accuracy of `model` on (N, C, H, W) images in [0, 1] with int64 labels (N,).
+
+    `eps` is 8/255 for Linf unless given; the other norms have no usual one and need theirs.
 
     `model` returns logits (N, K), alone, first in a tuple, or as `.logits`; its mode and gradients
     are left as they were. Every attack runs in float32 with noise keyed by the image's position, so
@@ -239,7 +241,7 @@ def evaluate(
     unknown suite, `DataError` for images or labels that do not fit, `ModelError` for a model that
     does not return finite logits, or one to transfer from that has other classes.
     """
-    threat = ThreatModel(norm, eps)
+    threat = chosen(norm, eps, ThreatModel("Linf", 8 / 255))
     started = time.monotonic()
     network, classes = _check(model, images, labels)
     run = _Run(network, images, labels, threat, batch_size, seed, sharded, decided, done or {})
@@ -255,7 +257,8 @@ def evaluate(
     if suite == "fast" and black_box_beats_white_box(outcomes):
         survivors = outcomes[-1].survivors.nonzero().squeeze(1)
         standard = make_suite("standard", threat, classes)
-        outcomes += run.suite(standard, survivors, prefix="standard: ")[1:]
+        if len(survivors):
+            outcomes += run.suite(standard, survivors, prefix="standard: ")[1:]
     with evaluating(model), constant(network, images[:8]) as victim:
         findings = diagnose(
             victim, images, labels, threat, suite=suite, outcomes=outcomes,

@@ -18,16 +18,16 @@ import robustify
 from robustify import data, models
 from robustify.classifier import Classifier
 from robustify.data import DataSet
-from robustify.errors import UsageError
+from robustify.errors import RunFolderError, UsageError
 from robustify.evaluation import LEVEL_OF_SUITE, Report, evaluate
 from robustify.gallery import gallery
-from robustify.journal import Journal
+from robustify.journal import Journal, digest
 from robustify.plausible import Reference
 from robustify.processes import this_process
 from robustify.purifier import Purified, facts
-from robustify.report import complete, write_report
+from robustify.report import complete, read, write_report
 from robustify.sensitivity import sensitivity
-from robustify.threat import Norm, ThreatModel
+from robustify.threat import Norm, ThreatModel, chosen
 from robustify.tiers import extend
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,9 @@ def assess(
 ) -> Report:
     """`evaluate` on the first `limit` images of the test split, over all processes, with progress.
 
-    With `out`, verdicts are kept there as they fall, and an interrupted evaluation goes on. Raises
-    `RunFolderError` where `out` holds another evaluation.
+    With `out`, verdicts are kept there as they fall, and an interrupted evaluation goes on; those
+    of other models, data, threat models or suites stand beside them. Raises `RunFolderError` where
+    `out` cannot be written.
     """
     device = next(model.parameters()).device
     test = dataset.test if limit is None else dataset.test.take(limit)
@@ -59,6 +60,8 @@ def assess(
     journal = None
     if out is not None:
         identity = {
+            "version": robustify.__version__,
+            "model": models.describe(model),
             "weights": models.weights_hash(model),
             "data": dataset.fingerprint,
             "n": len(test),
@@ -67,7 +70,9 @@ def assess(
             "seed": seed,
             "transfer_from": sorted(map(models.weights_hash, (transfer_from or {}).values())),
         }
-        journal = Journal(out / "verdicts", identity, process=process.process_index)
+        journal = Journal(
+            out / "verdicts" / digest(identity), identity, process=process.process_index
+        )
     bar = tqdm(unit="verdict", disable=not process.is_main_process, mininterval=1, desc=suite)
 
     def decided(attack: str, image: int, right: bool) -> None:
@@ -117,6 +122,8 @@ def examine(
     classifier = models.load(model)
     process = this_process()
     classifier.to(process.device)
+    if out is not None:
+        _require_own(out, models.weights_hash(classifier), model)
     name = dataset or classifier.data
     if name is None:
         raise UsageError(f"expected --data, because {model} does not say what it was trained on")
@@ -124,7 +131,8 @@ def examine(
     models.match_labels(classifier, loaded.class_names)
     fit_together(classifier, loaded, model)
     known = classifier.about.get("threat_model") or vars(loaded.threat)
-    threats = [ThreatModel(norm or known["norm"], value) for value in eps or (known["eps"],)]
+    usual = ThreatModel(known["norm"], known["eps"])
+    threats = [chosen(norm, value, usual) for value in eps or (None,)]
     surrogates = {other: models.load(other).to(process.device) for other in transfer_from}
     for other, surrogate in surrogates.items():
         fit_together(surrogate, loaded, other)
@@ -152,6 +160,17 @@ def examine(
     if out is not None:
         write_report(out, reports[0], **about)
     return complete(reports[0], **about)
+
+
+def _require_own(out: Path, weights_hash: str, name: str) -> None:
+    """Raise `RunFolderError` where `out` holds the report of other weights."""
+    if (out / "report.json").is_file():
+        there = read(out)["model"].get("weights_hash", weights_hash)
+        if there != weights_hash:
+            raise RunFolderError(
+                f"{out} holds the report of other weights than those of {name}; choose another "
+                "--out"
+            )
 
 
 def _defenses(model: Classifier) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import logging
 import signal
@@ -31,9 +33,10 @@ from robustify.purifier import Purified, facts
 from robustify.report import write_report
 from robustify.run_folder import RunFolder
 from robustify.settings import Training
-from robustify.threat import Norm, ThreatModel
+from robustify.threat import Norm, ThreatModel, chosen
 from robustify.tiers import extend
 from robustify.train import Fitted, Stage, fit
+from robustify.weights import WEIGHTS_FILE
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class Job:
             "recipe": self.recipe.name,
             "student": self.student,
             "teachers": list(self.teachers),
+            "contents": local_contents(self.recipe.module, self.student, *self.teachers),
             "data": {
                 "name": self.dataset.name,
                 "fingerprint": self.dataset.fingerprint,
@@ -108,7 +112,7 @@ def plan(
         loaded = data.load(dataset, image_size=wanted)
     if train_limit is not None:
         loaded = replace(loaded, train=loaded.train.take(train_limit))
-    threat = ThreatModel(norm or loaded.threat.norm, loaded.threat.eps if eps is None else eps)
+    threat = chosen(norm, eps, loaded.threat)
     resolved = config.resolve(
         found,
         schemas_of(found),
@@ -177,11 +181,26 @@ def run(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
     owner = accelerator.is_main_process
     with folder.held(job.describe(), resume=resume) if owner else nullcontext():
         accelerator.wait_for_everyone()
+        evaluation = {"suite": job.suite, "limit": job.limit}
         if folder.record.get("status") == "finished":
-            log.warning("%s is already finished; --no-resume trains it anew", folder.path)
-            return folder.path
+            if folder.record.get("evaluation", evaluation) == evaluation:
+                log.warning("%s is already finished; --no-resume trains it anew", folder.path)
+                return folder.path
+            log.warning("%s is already trained; evaluating it as asked now", folder.path)
         _leave(job, folder, _work(job, folder, accelerator), accelerator)
     return folder.path
+
+
+def local_contents(*names: str) -> dict[str, str]:
+    """SHA-256 of those that are files of this machine, or the weights of a folder: a run whose
+    recipe or teacher changed under the same name is another run."""
+    files = {name: Path(name) for name in names}
+    weights = {name: path / WEIGHTS_FILE if path.is_dir() else path for name, path in files.items()}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in weights.items()
+        if path.is_file()
+    }
 
 
 def name_of(job: Job) -> str:
@@ -222,7 +241,7 @@ def objectives(job: Job) -> Iterator[Objective]:
     stages = job.recipe.load().stages
     common = {"threat": job.threat, "attack": job.attack} if takes_attack(stages) else {}
     generator = stages(student, teachers, **common, **job.method)
-    for number in range(1_000_000):
+    for number in itertools.count():
         torch.manual_seed(job.seed + 1 + number)
         objective = next(generator, None)
         if objective is None:
@@ -339,6 +358,7 @@ def _leave(
                  more=more)  # fmt: skip
     folder.update(
         status="finished",
+        evaluation={"suite": job.suite, "limit": job.limit},
         selection=fitted.selection,
         stages=outline,
         record=record,

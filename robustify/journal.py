@@ -8,6 +8,7 @@ processes may change in between.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,6 +88,11 @@ class Journal:
                 )
             if "attack" in line:
                 self.verdicts.setdefault(line["attack"], {})[line["image"]] = line["right"]
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """A short name for an evaluation, the same for equal identities."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _difference(there: Any, here: Mapping[str, Any]) -> str:

@@ -87,6 +87,8 @@ class RunFolder:
                 )
         elif not resume:
             self.checkpoints.clear()
+            for name in ("model.safetensors", "report.json", "report.md", "report.html"):
+                (self.path / name).unlink(missing_ok=True)  # they speak of the run before
         elif known != run:
             raise RunFolderError(
                 f"{self.path} holds another run ({_difference(known, run)}); choose another --out, "

@@ -206,8 +206,19 @@ def _encoded(values: list[Any], file: Path) -> list[Encoded]:
     for row, value in enumerate(values):
         content, original = (value or {}).get("bytes"), (value or {}).get("path") or ""
         name = f"{file}, row {row}" + (f" ({original})" if original else "")
-        images.append(Encoded(name, file.parent / original if content is None else content))
+        images.append(Encoded(name, _beside(file, original) if content is None else content))
     return images
+
+
+def _beside(file: Path, original: str) -> Path:
+    """A path that a parquet file names, which must not lead out of the file's folder."""
+    path = (file.parent / original).resolve()
+    if not original or not path.is_relative_to(file.parent.resolve()):
+        raise DataError(
+            f"expected images inside {file.parent}, but {file} names {original!r}; the data set is "
+            "damaged or not to be trusted"
+        )
+    return path
 
 
 def _read_datasets(found: Any, name: str) -> Source:

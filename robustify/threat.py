@@ -107,6 +107,19 @@ def _project_l1(delta: Tensor, eps: float) -> Tensor:
     return torch.where(magnitude.sum(1, keepdim=True) <= eps, flat, shrunk).view_as(delta)
 
 
+def chosen(norm: Norm | None, eps: float | None, default: ThreatModel) -> ThreatModel:
+    """`default` with what was asked for in its place.
+
+    Raises `UsageError` for another norm without its own eps: a radius means nothing in it.
+    """
+    if eps is None and norm not in (None, default.norm):
+        raise UsageError(
+            f"expected --eps with --norm {norm}, because the usual eps, {format_eps(default.eps)}, "
+            f"is one of {default.norm}"
+        )
+    return ThreatModel(norm or default.norm, default.eps if eps is None else eps)
+
+
 def parse_eps(text: str | float) -> float:
     """`"8/255"`, `"0.03"`, `"1e-2"` or a number, as a float. Raises `UsageError` otherwise."""
     try:

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -78,6 +79,31 @@ def test_a_finished_run_is_left_as_it_is(run, trained, caplog):
     assert "already finished" in caplog.text
     assert "Robust" in out
     assert (trained / "model.safetensors").read_bytes() == before
+
+
+def test_a_finished_run_is_evaluated_as_asked_and_trained_anew_as_asked(run, tmp_path, caplog):
+    command = ("distill", "--recipe", "standard", *TINY, "--out", tmp_path / "run", "--json")
+    assert run(*command)[0] == 0
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    code, out, _ = run(*command, "--suite", "fgsm", "--limit", 12)
+    assert code == 0
+    assert "already trained" in caplog.text
+    assert (json.loads(out)["suite"], json.loads(out)["n"]) == ("fgsm", 12)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    assert run(*command, "--no-resume", "--seed", 1)[0] == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != weights
+
+
+def test_a_recipe_that_changed_is_another_run(run, tmp_path):
+    from robustify.recipes import standard
+
+    (tmp_path / "mine.py").write_text(Path(standard.__file__).read_text())
+    command = ("distill", "--recipe", "mine.py", *TINY, "--out", tmp_path / "run")
+    assert run(*command)[0] == 0
+    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text() + "\nCHANGED = True\n")
+    code, _, err = run(*command)
+    assert code != 0
+    assert "holds another run (contents.mine.py" in err
 
 
 def test_evaluate_leaves_a_report_and_goes_on_from_it(run, trained, tmp_path):
@@ -199,6 +225,14 @@ def wrong(tmp_path, trained, kind):
         return ["evaluate", trained, "--suite", "standart"], "did you mean 'standard'"
     if kind == "no number":
         return ["evaluate", trained, "--eps", "eight"], "expected a number such as 8/255"
+    if kind == "another norm":
+        return ["evaluate", trained, "--norm", "L2"], "expected --eps with --norm L2"
+    if kind == "report of others":
+        content = json.loads((trained / "report.json").read_text())
+        content["model"]["weights_hash"] = "0" * 64
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "report.json").write_text(json.dumps(content))
+        return ["evaluate", trained, "--out", tmp_path / "other"], "report of other weights"
     raise AssertionError(kind)
 
 
@@ -206,7 +240,7 @@ def wrong(tmp_path, trained, kind):
     "kind",
     ["unknown recipe", "misspelt setting", "missing file", "truncated", "pickle", "one class",
      "corrupt image", "read-only", "another run", "negative eps", "unknown student",
-     "wrong classes", "unknown suite", "no number"],
+     "wrong classes", "unknown suite", "no number", "another norm", "report of others"],
 )  # fmt: skip
 def test_a_wrong_command_gives_one_helpful_line(run, tmp_path, trained, kind):
     command, message = wrong(tmp_path, trained, kind)

@@ -462,6 +462,20 @@ def write_clone(root, folder="data", features=FEATURES, columns=("image", "kind"
     return root
 
 
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname", ""])
+def test_a_parquet_clone_that_names_files_outside_is_refused(tmp_path, path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "secret.png").write_bytes(png(0))
+    root = write_clone(tmp_path / "clone", ".")
+    (file,) = root.glob("test-*.parquet")
+    images = [{"bytes": png(0, size=(6, 6)), "path": "0.png"}, {"bytes": None, "path": path}]
+    rows = {"image": images, "kind": [0, 1]}
+    parquet.write_table(arrow.table(rows), file)
+    with pytest.raises(DataError, match="expected images inside"):
+        load(root)
+
+
 def check_clone(found):
     assert found.train.images[:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50]
     assert found.train.labels.tolist() == [0, 1, 0, 1, 0, 1]

@@ -173,6 +173,21 @@ def test_a_model_that_hides_its_gradient_falls_to_images_of_another():
         )  # fmt: skip
 
 
+def test_where_square_breaks_all_that_gradients_left_fast_ends_there():
+    blunt, images, labels, _ = toy(120)
+    blunt.answer = lambda z: z.round()
+    right = blunt.eval()(images).argmax(1) == labels
+    report = evaluate(blunt, images[right], labels[right], suite="fast", eps=0.9)
+    assert report.robust_accuracy == 0
+    assert not any(name.startswith("standard: ") for name in report.attacks)
+
+
+def test_another_norm_needs_its_own_eps():
+    model, images, labels, _ = toy(20)
+    with pytest.raises(UsageError, match="expected --eps with --norm L2"):
+        evaluate(model, images, labels, suite="pgd", norm="L2")
+
+
 def test_at_eps_zero_nothing_is_attacked_and_nothing_is_claimed():
     model, images, labels, _ = toy()
     report = evaluate(model, images, labels, suite="pgd", eps=0.0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from robustify.errors import UsageError
 from robustify.noise import Noise
-from robustify.threat import ThreatModel, format_eps, parse_eps
+from robustify.threat import ThreatModel, chosen, format_eps, parse_eps
 
 NORMS = ("Linf", "L2", "L1")
 
@@ -84,3 +84,11 @@ def test_impossible_eps_is_refused(eps):
 def test_unknown_norm_is_refused_with_a_suggestion():
     with pytest.raises(UsageError, match="did you mean 'Linf'"):
         ThreatModel("linf", 0.1)
+
+
+def test_another_norm_needs_its_own_eps():
+    usual = ThreatModel("Linf", 0.15)
+    assert chosen(None, None, usual) == usual == chosen("Linf", None, usual)
+    assert chosen("L2", 0.5, usual) == ThreatModel("L2", 0.5)
+    with pytest.raises(UsageError, match=r"expected --eps with --norm L2.*0.15, is one of Linf"):
+        chosen("L2", None, usual)

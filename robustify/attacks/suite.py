@@ -217,7 +217,8 @@ class _Run:
         started, victim = time.process_time(), Victim(self.model)
         firsts = range(0, len(self.images), self.batch_size)
         parts = [victim.logits(self.images[i : i + self.batch_size]) for i in firsts]
-        self.logits = torch.cat(parts)
+        # A process whose shard is empty still takes part in what all of them gather.
+        self.logits = torch.cat(parts) if parts else self.images.new_empty((0, 2))
         right = self.logits.argmax(1) == self.labels
         known = self.done.get("clean", {})
         for index, verdict in zip(self.indices.tolist(), right.tolist(), strict=True):
