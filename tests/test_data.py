@@ -471,7 +471,8 @@ def test_a_parquet_clone_that_names_files_outside_is_refused(tmp_path, path):
     (file,) = root.glob("test-*.parquet")
     images = [{"bytes": png(0, size=(6, 6)), "path": "0.png"}, {"bytes": None, "path": path}]
     rows = {"image": images, "kind": [0, 1]}
-    parquet.write_table(arrow.table(rows), file)
+    stored = {b"huggingface": json.dumps({"info": {"features": FEATURES}})}
+    parquet.write_table(arrow.table(rows).replace_schema_metadata(stored), file)
     with pytest.raises(DataError, match="expected images inside"):
         load(root)
 
