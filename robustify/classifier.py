@@ -62,7 +62,13 @@ class Classifier(nn.Module):
         return self.about.get("data")
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as the bare network wants them."""
+        """Images in [0, 1] as the bare network wants them. Raises `ModelError` for a wrong number
+        of channels, which would broadcast."""
+        if images.shape[-3] != self.in_chans:
+            raise ModelError(
+                f"expected images with {self.in_chans} channels for {self.architecture}, got "
+                f"{images.shape[-3]}"
+            )
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
