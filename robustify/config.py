@@ -268,9 +268,19 @@ def _value(key: str, value: Any, annotation: Any, eps: float) -> Any:
             raise UsageError(f"expected {key} to be a number, got {value!r}") from None
     fitted = _fit(value, annotation)
     if fitted is _MISFIT:
-        wanted = getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+        wanted = _wanted(annotation)
         raise UsageError(f"expected {key} to be {wanted}, got {value!r}")
     return fitted
+
+
+def _wanted(annotation: Any) -> str:
+    """A type in words: the choices of a Literal, the name of anything else."""
+    origin, options = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, options))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("none" if o is type(None) else _wanted(o) for o in options)
+    return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
 
 
 def _number(text: str, eps: float) -> float | str:
