@@ -62,7 +62,14 @@ class Classifier(nn.Module):
         return self.about.get("data")
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] as the bare network wants them."""
+        """Images in [0, 1] as the bare network wants them. Raises `ModelError` for a wrong number
+        of channels, which would broadcast."""
+        # torch.fx traces this with a proxy, whose shape cannot be asked for.
+        if isinstance(images, Tensor) and images.shape[-3] != self.in_chans:
+            raise ModelError(
+                f"expected images with {self.in_chans} channels for {self.architecture}, got "
+                f"{images.shape[-3]}"
+            )
         return (images - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:

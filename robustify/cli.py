@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from robustify.harden import Job
     from robustify.threat import Norm
 
+    FloatType = click.ParamType[float]
+    FloatsType = click.ParamType[tuple[float, ...]]
+else:  # before click 8.4 the class takes no parameters
+    FloatType = FloatsType = click.ParamType
+
 
 COLUMN = 30  # characters a column of text
 
 
-class Eps(click.ParamType[float]):
+class Eps(FloatType):
     """A number such as 8/255 or 0.03."""
 
     name = "eps"
@@ -33,7 +38,7 @@ class Eps(click.ParamType[float]):
         return parse_eps(value)
 
 
-class EpsList(click.ParamType[tuple[float, ...]]):
+class EpsList(FloatsType):
     """Several of them, separated by commas."""
 
     name = "eps[,eps…]"

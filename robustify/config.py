@@ -61,7 +61,15 @@ class Recipe:
             raise UsageError(f"expected a Python file with a recipe, got {self.module}")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses look their module up there
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever somebody's own file raises
+            del sys.modules[spec.name]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UsageError(
+                f"expected {self.module} to be a Python file that can be imported, but {reason}; "
+                "--debug shows where"
+            ) from error
         if not inspect.isgeneratorfunction(getattr(module, "stages", None)):
             raise UsageError(
                 f"expected {self.module} to define `stages(student, teachers, *, …)` that yields "
@@ -144,16 +152,38 @@ def _read(path: Path | None, name: str, module: str) -> Recipe:
                 f"{path}: expected sections {', '.join(known)}, got {key!r}"
                 + suggest(str(key), known)
             )
-    about = dict(content.get("about") or {})
+    about = _entries(path, "about", content.get("about"))
     for key, value in about.items():
         if key not in ABOUT or not isinstance(value, str):
             raise UsageError(
                 f"{path}: expected text about {', '.join(ABOUT)}, got {key}: {value!r}"
                 + suggest(str(key), ABOUT)
             )
-    sections = {key: dict(content.get(key) or {}) for key in SECTIONS}
-    presets = dict(content.get("presets") or {})
+    sections = {key: _entries(path, key, content.get(key)) for key in SECTIONS}
+    presets = {
+        preset: _preset(path, preset, changes)
+        for preset, changes in _entries(path, "presets", content.get("presets")).items()
+    }
     return Recipe(name, path, module, about, sections, presets)
+
+
+def _preset(path: Path | None, preset: str, changes: Any) -> dict[str, dict[str, Any]]:
+    """What one preset says, by section."""
+    sections = _entries(path, f"presets.{preset}", changes)
+    for key in sections:
+        if key not in SECTIONS:
+            raise UsageError(
+                f"{path}: expected sections {', '.join(SECTIONS)} in presets.{preset}, got {key!r}"
+                + suggest(key, SECTIONS)
+            )
+    return {key: _entries(path, f"presets.{preset}.{key}", sections[key]) for key in sections}
+
+
+def _entries(path: Path | None, place: str, value: Any) -> dict[str, Any]:
+    """A mapping in a recipe's YAML, its keys as text; empty where nothing stands."""
+    if value is not None and not isinstance(value, dict):
+        raise UsageError(f"{path}: expected {place} to be a mapping, got {value!r}")
+    return {str(key): entry for key, entry in (value or {}).items()}
 
 
 def overrides(pairs: typing.Iterable[str]) -> dict[str, Any]:
@@ -232,18 +262,36 @@ def _require(key: str, schemas: Mapping[str, Mapping[str, Any]]) -> tuple[str, s
 def _value(key: str, value: Any, annotation: Any, eps: float) -> Any:
     """`value` as the annotation wants it; `8/255` and `1e-3` are numbers, `eps/4` is relative."""
     if isinstance(value, str):
-        relative = _EPS.fullmatch(value.strip())
-        if relative:
-            factor = float(relative[2] or 1)
-            value = eps * factor if relative[1] == "*" else eps / factor
-        elif _NUMBER.fullmatch(value.strip()):
-            numerator, _, denominator = value.partition("/")
-            value = float(numerator) / float(denominator or 1)
+        try:
+            value = _number(value.strip(), eps)
+        except ZeroDivisionError:
+            raise UsageError(f"expected {key} to be a number, got {value!r}") from None
     fitted = _fit(value, annotation)
     if fitted is _MISFIT:
-        wanted = getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+        wanted = _wanted(annotation)
         raise UsageError(f"expected {key} to be {wanted}, got {value!r}")
     return fitted
+
+
+def _wanted(annotation: Any) -> str:
+    """A type in words: the choices of a Literal, the name of anything else."""
+    origin, options = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, options))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("none" if o is type(None) else _wanted(o) for o in options)
+    return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+
+
+def _number(text: str, eps: float) -> float | str:
+    """The number that `text` writes, or `text`. Raises ZeroDivisionError for `1/0`."""
+    if relative := _EPS.fullmatch(text):
+        factor = float(relative[2] or 1)
+        return eps * factor if relative[1] == "*" else eps / factor
+    if _NUMBER.fullmatch(text):
+        numerator, _, denominator = text.partition("/")
+        return float(numerator) / float(denominator or 1)
+    return text
 
 
 _MISFIT = object()

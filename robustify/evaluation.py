@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from robustify.attacks.passes import Passes
 from robustify.attacks.suite import AttackOutcome, Suite, make_suite, run_suite
 from robustify.attacks.transfer import Transfer
-from robustify.attacks.victim import Victim
+from robustify.attacks.victim import Victim, require_images, require_labels
 from robustify.diagnosis import Findings, diagnose
-from robustify.errors import DataError, ModelError
+from robustify.errors import ModelError
 from robustify.fold import constant
 from robustify.objective import evaluating
 from robustify.plausible import Reference
@@ -404,19 +404,7 @@ class _Logits(nn.Module):
 def _check(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[nn.Module, int]:
     """The model as a map to logits and its number of classes, or the error that says what does not
     fit."""
-    if images.dim() != 4 or len(images) == 0:
-        raise DataError(f"expected images (N, C, H, W) with N >= 1, got {tuple(images.shape)}")
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
-        raise DataError(
-            f"expected {len(images)} integer labels, one per image, got {labels.dtype} "
-            f"{tuple(labels.shape)}"
-        )
-    low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):
-        raise DataError(
-            f"expected images in [0, 1], got [{low:.3g}, {high:.3g}]; divide by 255 and leave the "
-            "normalization to the model"
-        )
+    require_images(images, labels)
     with evaluating(model), torch.no_grad():
         answer = model(images[:8])
         network = model if isinstance(answer, Tensor) else _Logits(model)
@@ -427,11 +415,7 @@ def _check(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[nn.Module,
     if not torch.isfinite(logits).all():
         raise ModelError("expected finite logits, got NaN or infinity; the weights are damaged")
     classes = logits.shape[1]
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise DataError(
-            f"expected labels from 0 to {classes - 1} for a model with {classes} classes, got "
-            f"{int(labels.min())} to {int(labels.max())}"
-        )
+    require_labels(labels, classes)
     return network, classes
 
 

@@ -76,7 +76,7 @@ class Objective(nn.Module):
 
 def check_teachers(student: Classifier, teachers: Sequence[Classifier], *, roles: int) -> None:
     """Raise `UsageError` for more teachers than roles, and for one with other classes than the
-    student, or the same in another order."""
+    student, the same in another order, or images of other channels."""
     if len(teachers) > roles:
         raise UsageError(
             f"expected at most {roles} teacher{'s' * (roles != 1)} for this recipe, got "
@@ -87,6 +87,11 @@ def check_teachers(student: Classifier, teachers: Sequence[Classifier], *, roles
             raise UsageError(
                 f"expected a teacher for the student's {student.num_classes} classes, got "
                 f"{teacher.architecture} for {teacher.num_classes}; choose another teacher"
+            )
+        if teacher.in_chans != student.in_chans:
+            raise UsageError(
+                f"expected a teacher for images with {student.in_chans} channels, got "
+                f"{teacher.architecture} for {teacher.in_chans}; choose another teacher"
             )
         own, wanted = teacher.class_names, student.class_names
         if own is not None and wanted is not None and own != wanted:
@@ -99,8 +104,11 @@ def check_teachers(student: Classifier, teachers: Sequence[Classifier], *, roles
 
 
 def is_from_scratch(classifier: Classifier) -> bool:
-    """Whether `classifier` was named by its architecture alone: all it knows, this run taught."""
-    return not classifier.about.keys() - {"data"}
+    """Whether `classifier` cannot be used before this run has trained it: it was named by its
+    architecture alone, or parts of it were replaced to fit the data and are untrained."""
+    about = classifier.about
+    untrained_parts = "replaced" in about and "recipe" not in about  # a recipe has trained them
+    return not about.keys() - {"data"} or untrained_parts
 
 
 @contextmanager

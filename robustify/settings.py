@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from robustify.errors import UsageError
+from robustify.errors import UsageError, suggest
+
+# What numbers may be: name -> (least, most); the second table leaves its bounds out.
+_BOUNDS = {
+    "epochs": (1, math.inf), "batch_size": (1, math.inf), "accumulate": (1, math.inf),
+    "evaluate_every": (1, math.inf), "evaluate_from": (0, math.inf),
+    "warmup_epochs": (0, math.inf), "validation_steps": (0, math.inf),
+    "momentum": (0, 1), "weight_decay": (0, math.inf), "decay_at": (0, math.inf),
+    "decay_rate": (0, math.inf), "averaging_start": (0, math.inf), "ema_decay": (0, 1),
+    "awp_gamma": (0, math.inf), "awp_start": (0, math.inf), "checkpoint_seconds": (0, math.inf),
+}  # fmt: skip
+_ABOVE = {"lr": 0, "clip_grad": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +40,7 @@ class Training:
     warmup_epochs: int = 0
     clip_grad: float | None = None
     accumulate: int = 1
-    augmentation: str | None = None  # none, crop or crop-flip; by default the data set's
+    augmentation: Literal["none", "crop", "crop-flip"] | None = None  # by default the data set's
     averaging: Literal["none", "swa", "ema"] = "none"
     averaging_start: float = 0.75
     ema_decay: float = 0.999
@@ -41,13 +53,18 @@ class Training:
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"expected training.{name} >= 1, got {getattr(self, name)}")
-        if not self.lr > 0:
-            raise UsageError(f"expected training.lr > 0, got {self.lr}")
-        if not self.awp_gamma >= 0:
-            raise UsageError(f"expected training.awp_gamma >= 0, got {self.awp_gamma}")
+        for name, annotation in get_type_hints(Training).items():
+            _require_choice(name, getattr(self, name), annotation)
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if not (math.isfinite(number) and least <= number <= most):
+                    bound = f" and <= {most}" if math.isfinite(most) else ""
+                    raise UsageError(f"expected training.{name} >= {least}{bound}, got {number}")
+        for name, least in _ABOVE.items():
+            number = getattr(self, name)
+            if number is not None and not (math.isfinite(number) and number > least):
+                raise UsageError(f"expected training.{name} > {least}, got {number}")
         decays = self.decay_at if self.schedule == "step" else ()
         starts = (self.averaging_start,) if self.averaging == "swa" else ()
         awp = (self.awp_start,) if self.awp_gamma else ()
@@ -61,3 +78,14 @@ class Training:
     def epoch(self, number: float) -> int:
         """The epoch that `number` means: itself, or a share of `epochs` if below 1."""
         return int(number * self.epochs) if number < 1 else int(number)
+
+
+def _require_choice(name: str, value: Any, annotation: Any) -> None:
+    """Raise `UsageError` for a value that is none of a Literal's."""
+    options = get_args(annotation) if get_origin(annotation) is not Literal else (annotation,)
+    choices = [choice for o in options if get_origin(o) is Literal for choice in get_args(o)]
+    if choices and value not in choices and not (value is None and type(None) in options):
+        raise UsageError(
+            f"expected training.{name} to be one of {', '.join(choices)}, got {value!r}"
+            + suggest(str(value), choices)
+        )

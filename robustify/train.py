@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -27,7 +27,7 @@ from robustify.attacks.pgd import keeping, repeating
 from robustify.averaging import new_average, reestimate_batchnorm
 from robustify.checkpoint import Checkpoints
 from robustify.data import Split, augment, to_float
-from robustify.errors import TrainingError
+from robustify.errors import TrainingError, UsageError, suggest
 from robustify.fold import prefers_channels_last
 from robustify.noise import Noise
 from robustify.objective import Objective
@@ -98,14 +98,7 @@ class Stage:
         if prefers_channels_last(objective.student, objective.student.image_size):
             self.layout = torch.channels_last
             objective.to(memory_format=self.layout)
-        optimizer = create_optimizer_v2(
-            objective,
-            opt=settings.optimizer,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
-            filter_bias_and_bn=False,
-        )
+        optimizer = _optimizer(objective, settings)
         loader = DataLoader(train, settings.batch_size, shuffle=True, collate_fn=_as_fetched)
         self.model, self.optimizer, self.loader = accelerator.prepare(objective, optimizer, loader)
         self.schedule = new_schedule(optimizer, settings)
@@ -201,7 +194,11 @@ class Stage:
         on_gpu = loss.device.type != "cpu"
         if on_gpu and self.progress.updates % CHECK_EVERY:
             return
-        if not torch.isfinite(loss.detach()):
+        self.require_finite(loss.detach())
+
+    def require_finite(self, loss: Tensor) -> None:
+        """Raise `TrainingError` unless `loss`, of one step or summed over several, is finite."""
+        if not torch.isfinite(loss):
             raise TrainingError(
                 f"expected a finite loss, got {loss.item()} at epoch {self.progress.epoch} step "
                 f"{self.progress.step} of stage {self.objective.name!r}; try a smaller training.lr "
@@ -367,6 +364,7 @@ def _epoch(
         progress.seconds = before + now - started
         stop = interrupted()
         if stop or now - saved > stage.settings.checkpoint_seconds:
+            stage.require_finite(sums["loss"])  # nothing damaged is saved, on a GPU either
             progress.sums = {key: float(total) for key, total in sums.items()}
             _save(stage, checkpoints, name)
             saved = now
@@ -376,6 +374,8 @@ def _epoch(
             break
     if stage.accelerator.num_processes > 1:
         sums = {key: stage.accelerator.reduce(total, "mean") for key, total in sums.items()}
+    if sums:
+        stage.require_finite(sums["loss"])
     row = stage.finish_epoch(sums)
     progress.seconds = before + time.monotonic() - started
     bar.set_postfix({k: f"{row[k]:.3f}" for k in _SHOWN if k in row})
@@ -389,6 +389,26 @@ _SHOWN = ("loss", "student clean", "student robust", "averaged robust")
 def _save(stage: Stage, checkpoints: Checkpoints, name: str) -> None:
     if stage.accelerator.is_main_process:
         checkpoints.save(name, *stage.state())
+
+
+def _optimizer(objective: Objective, settings: Training) -> torch.optim.Optimizer:
+    """timm's optimizer of that name. Raises `UsageError` for one that it does not know."""
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            objective,
+            opt=settings.optimizer,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            filter_bias_and_bn=False,
+        )
+    except ValueError as error:
+        near = suggest(settings.optimizer, list_optimizers())
+        raise UsageError(
+            f"expected training.optimizer to name one of timm's, got {settings.optimizer!r} "
+            f"({error}){near}"
+        ) from None
+    return optimizer
 
 
 def _as_fetched(batch: Any) -> Any:

@@ -7,6 +7,7 @@ name an architecture that is known already, with plain values as its arguments.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from robustify import remote, transformers_config
 from robustify.architectures import published_names
-from robustify.errors import ModelError, suggest
+from robustify.errors import ModelError, UsageError, suggest
 from robustify.files import atomic_write
 from robustify.networks import CIFAR_NETWORKS
+from robustify.threat import ThreatModel
 
 HEADER_KEY = "robustify"
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -175,7 +177,8 @@ def read_file(path: Path, architecture: str | None = None) -> Saved:
         model = recorded.get("model")
         if not isinstance(model, dict):
             raise ModelError(f"expected {path} to describe its model in its header, got {recorded}")
-        return _described(str(path), model, weights, recorded.get("about") or {})
+        about = _about(recorded, str(path))
+        return _sound(_described(str(path), model, weights, about))
     weights = published_names(weights)
     if architecture is None:
         architecture = recognize(weights)
@@ -242,8 +245,10 @@ def _described(
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"expected {origin} to describe its model, but {error} is wrong") from None
-    if model.get("class_names"):
-        cfg["label_names"] = tuple(map(str, model["class_names"]))
+    if names := model.get("class_names"):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ModelError(f"expected class_names in {origin} to be a list of names")
+        cfg["label_names"] = tuple(names)
     return Saved(origin, architecture, weights, cfg, _plain_args(model, origin), about)
 
 
@@ -259,7 +264,9 @@ def read_folder(folder: Path, origin: str | None = None) -> Saved:
     config = _parse(config_file.read_text(errors="replace"), config_file)
     weights, header = _read_weights(folder)
     recorded = _parse(header.get(HEADER_KEY, "{}"), folder / WEIGHTS_FILE)
-    about, model = recorded.get("about") or {}, recorded.get("model") or {}
+    about, model = _about(recorded, origin), recorded.get("model") or {}
+    if not isinstance(model, dict):
+        raise ModelError(f"expected {origin} to describe its model in its header, got {model!r}")
     foreign = "architecture" not in config and "model_type" in config
     named = f"{transformers_config.PREFIX}{config['model_type']}" if foreign else None
     architecture = require_architecture(named or config.get("architecture"), str(config_file))
@@ -269,12 +276,44 @@ def read_folder(folder: Path, origin: str | None = None) -> Saved:
             f"{architecture!r} and {model.get('architecture')!r}"
         )
     if foreign:
-        return _of_transformers(
-            Saved(origin, architecture, weights, {}, about=about), config, folder
-        )
+        bare = Saved(origin, architecture, weights, {}, about=about)
+        return _sound(_of_transformers(bare, config, folder))
     args = _plain_args(config, str(config_file))
     cfg = registry_cfg(architecture) | _recorded_cfg(config, args, str(config_file))
-    return Saved(origin, architecture, weights, cfg, args, about)
+    return _sound(Saved(origin, architecture, weights, cfg, args, about))
+
+
+def _about(recorded: dict[str, Any], origin: str) -> dict[str, Any]:
+    """What a header says of how its weights came about. Raises `ModelError` for what does not have
+    the form that `robustify.models.save` writes."""
+    about = recorded.get("about") or {}
+    if not isinstance(about, dict):
+        raise ModelError(f"expected `about` in {origin} to be a mapping, got {about!r}")
+    forms = {"threat_model": dict, "record": dict, "data": str, "recipe": str, "base": str,
+             "replaced": list, "transferred": dict}  # fmt: skip
+    for key, form in forms.items():
+        if about.get(key) is not None and not isinstance(about[key], form):
+            raise ModelError(
+                f"expected {key} in {origin} to be a {form.__name__}, got {about[key]!r}"
+            )
+    if threat := about.get("threat_model"):
+        try:
+            ThreatModel(**threat)
+        except (TypeError, UsageError):
+            raise ModelError(
+                f"expected threat_model in {origin} to be a norm and an eps, got {threat!r}"
+            ) from None
+    return about
+
+
+def _sound(saved: Saved) -> Saved:
+    """`saved` if its normalization can be computed; raises `ModelError` otherwise."""
+    mean, std = (saved.cfg.get(key) or () for key in ("mean", "std"))
+    if not all(map(math.isfinite, (*mean, *std))) or not all(value > 0 for value in std):
+        raise ModelError(
+            f"expected finite mean and positive std in {saved.origin}, got {mean} and {std}"
+        )
+    return saved
 
 
 def _of_transformers(saved: Saved, config: dict[str, Any], folder: Path) -> Saved:

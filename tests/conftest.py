@@ -1,5 +1,6 @@
 """One thread per test process, so that `pytest -n 2` uses two cores and not four halves."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,14 +8,15 @@ import torch
 
 torch.set_num_threads(1)
 
-SHARED = Path(__file__).parents[2] / "shared"
+BESIDE = Path(__file__).parents[2] / "shared"
+SHARED = Path(os.environ["ROBUSTIFY_SHARED"]) if os.environ.get("ROBUSTIFY_SHARED") else BESIDE
 
 
 @pytest.fixture
 def shared():
-    """The folder with CIFAR-10 and published classifiers beside the checkout, if there is one."""
+    """The folder with CIFAR-10 and published classifiers: $ROBUSTIFY_SHARED, or `../shared`."""
     if not SHARED.is_dir():
-        pytest.skip("needs the shared data beside the checkout")
+        pytest.skip(f"needs CIFAR-10 and classifiers in $ROBUSTIFY_SHARED; there is no {SHARED}")
     return SHARED
 
 

@@ -106,6 +106,13 @@ def test_a_recipe_of_ones_own_runs_by_path(tmp_path):
         ("recipe: nothing\n", "to say `recipe: NAME`"),
         ("a: [", "to be readable YAML"),
         ("!!python/object/apply:os.system ['true']", "to be readable YAML"),
+        ("recipe: trades\ntraining: 5\n", "expected training to be a mapping, got 5"),
+        ("recipe: trades\nattack: [1, 2]\n", "expected attack to be a mapping"),
+        ("recipe: trades\nabout: x\n", "expected about to be a mapping"),
+        ("recipe: trades\npresets: 3\n", "expected presets to be a mapping"),
+        ("recipe: trades\npresets: {a: 3}\n", "expected presets.a to be a mapping, got 3"),
+        ("recipe: trades\npresets: {a: {method: 3}}\n", "expected presets.a.method to be a map"),
+        ("recipe: trades\npresets: {a: {methods: {}}}\n", "did you mean 'method'"),
     ],
 )
 def test_a_wrong_yaml_is_refused_in_one_line(tmp_path, content, message):
@@ -127,3 +134,19 @@ def test_a_parameter_without_annotation_takes_any_plain_value():
         yield
 
     assert config.schema(stages) == {"weight": Any, "name": str}
+
+
+@pytest.mark.parametrize(("key", "value"), [("training.lr", "1/0"), ("step_size", "eps/0")])
+def test_a_division_by_zero_is_no_number(key, value):
+    with pytest.raises(UsageError, match=f"expected {key} to be a number, got '{value}'"):
+        resolve(settings={key: value})
+
+
+@pytest.mark.parametrize(
+    ("code", "says"), [("def stages(:\n", "SyntaxError"), ("import nonesuch\n", "nonesuch")]
+)
+def test_a_recipe_that_cannot_be_imported_is_refused_in_one_line(tmp_path, code, says):
+    (tmp_path / "broken.py").write_text(code)
+    with pytest.raises(UsageError, match=f"can be imported, but .*{says}") as caught:
+        config.find(str(tmp_path / "broken.py")).load()
+    assert "\n" not in str(caught.value)

@@ -21,9 +21,6 @@ from robustify.errors import DataError, UsageError
 from robustify.noise import Noise
 from robustify.threat import ThreatModel
 
-CIFAR10 = Path(__file__).parents[1].parent / "shared" / "data" / "cifar10"
-
-
 # Digits
 
 
@@ -648,9 +645,8 @@ def test_torchvision_cifar(tmp_path, monkeypatch):
     assert found.std == pytest.approx([1 / 255] * 3)
 
 
-@pytest.mark.skipif(not CIFAR10.is_dir(), reason="the clone of CIFAR-10 is not on this machine")
-def test_the_cifar10_clone():
-    found = load(CIFAR10)
+def test_the_cifar10_clone(shared):
+    found = load(shared / "data" / "cifar10")
     assert (len(found.train), len(found.test), found.image_size) == (50_000, 10_000, 32)
     assert found.class_names[:4] == ("airplane", "automobile", "bird", "cat")
     assert found.class_names[9] == "truck"

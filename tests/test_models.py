@@ -12,7 +12,7 @@ import torch
 
 from robustify import models
 from robustify.errors import ModelError, RobustifyError, UsageError
-from robustify.objective import is_from_scratch
+from robustify.objective import check_teachers, is_from_scratch
 
 FAMILIES = [
     "resnet18_small", "mobilenetv2_100_small", "densenet121_small", "vgg11_bn_small",
@@ -202,6 +202,40 @@ def test_a_bare_checkpoint_counts_as_trained_and_an_architecture_does_not(bare, 
     models.save(small(data="letters"), tmp_path / "saved")
     assert not is_from_scratch(models.load(tmp_path / "saved"))
     assert is_from_scratch(small(data="letters"))
+
+
+def test_replaced_parts_count_as_untrained_until_a_recipe_has_trained_them(folder, tmp_path):
+    replaced = models.adapt(folder, **{**DATA, "num_classes": 7, "class_names": tuple("tuvwxyz")})
+    assert is_from_scratch(replaced)
+    models.save(replaced, tmp_path / "trained", {"recipe": "trades"})
+    assert not is_from_scratch(models.load(tmp_path / "trained"))
+
+
+def test_images_and_teachers_of_other_channels_are_refused():
+    grey = small(in_chans=1)
+    with pytest.raises(ModelError, match=r"expected images with 3 channels .* got 1"):
+        small()(torch.rand(2, 1, 32, 32))
+    with pytest.raises(UsageError, match="teacher for images with 3 channels"):
+        check_teachers(small(), [grey], roles=1)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "value", "says"),
+    [
+        (None, "about", [1], "`about` in"), ("about", "threat_model", "x", "threat_model in"),
+        ("about", "threat_model", {"norm": "L7", "eps": 1}, "a norm and an eps"),
+        ("model", "class_names", 7, "class_names in"), ("model", "std", [0.0] * 3, "positive std"),
+    ],
+)  # fmt: skip
+def test_a_header_of_another_form_is_refused(folder, place, key, value, says):
+    path = folder / "model.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        recorded = json.loads(file.metadata()["robustify"])
+    (recorded[place] if place else recorded)[key] = value
+    header = {"robustify": json.dumps(recorded)}
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, header)
+    with pytest.raises(ModelError, match=says):
+        models.load(path)
 
 
 def test_a_bare_checkpoint_is_recognized_by_its_tensors(bare, caplog):

@@ -9,12 +9,11 @@ import torch
 from loops import CrossEntropy, stage, tiny, weights
 from torch import nn
 
-from robustify import models
 from robustify.averaging import reestimate_batchnorm
 from robustify.checkpoint import Checkpoints
 from robustify.errors import RunFolderError, TrainingError, UsageError
 from robustify.settings import Training
-from robustify.train import fit
+from robustify.train import Stage, fit
 
 
 @pytest.mark.parametrize("averaging", ["none", "swa", "ema"])
@@ -106,11 +105,21 @@ def test_weight_decay_reaches_every_parameter():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"lr": -1.0}, {"epochs": 10, "decay_at": (214.0,)}]
-)
+    "wrong",
+    [
+        {"epochs": 0}, {"lr": -1.0}, {"epochs": 10, "decay_at": (214.0,)}, {"momentum": 5.0},
+        {"ema_decay": 2.0}, {"clip_grad": -1.0}, {"weight_decay": -1.0}, {"validation_steps": -1},
+        {"lr": float("inf")}, {"checkpoint_seconds": float("nan")}, {"decay_at": (-3.0,)},
+    ],
+)  # fmt: skip
 def test_settings_that_cannot_work_are_refused(wrong):
     with pytest.raises(UsageError, match="expected"):
         Training(**wrong)
+
+
+def test_a_choice_that_is_none_lists_the_choices():
+    with pytest.raises(UsageError, match="augmentation to be one of none, crop, crop-flip"):
+        Training(augmentation="zzz")
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(tmp_path, caplog):
@@ -150,4 +159,26 @@ def test_the_student_learns_and_the_best_epoch_is_kept(tmp_path):
     fitted = fit(run, checkpoints=Checkpoints(tmp_path))
     assert fitted.selection["clean"] > 0.4
     assert fitted.selection["clean"] == max(row["student clean"] for row in fitted.history)
-    assert models.weights_hash(run.objective.student.module)
+    assert fitted.selection["epoch"] < 19  # or the last weights would pass for the best
+    state = run.objective.student.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in fitted.best.items())
+    assert any(not torch.equal(state[name], tensor) for name, tensor in fitted.last.items())
+
+
+def test_no_checkpoint_holds_what_a_look_now_and_then_has_missed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Stage, "_stop_if_not_finite", lambda self, loss: None)  # as between looks
+    for name, poison_at, settings in (
+        ("timed", 2, {"checkpoint_seconds": 0.0}),
+        ("epoch", 2, {"epochs": 1}),
+    ):
+        poisoned = stage(objective=partial(CrossEntropy, poison_at=poison_at), **settings)
+        checkpoints = Checkpoints(tmp_path / name)
+        with pytest.raises(TrainingError, match="expected a finite loss, got nan"):
+            fit(poisoned, checkpoints=checkpoints)
+        saved = checkpoints.load("stage0")
+        assert saved is None or all(t.isfinite().all() for t in saved[0].values())
+
+
+def test_an_unknown_optimizer_is_refused_with_the_nearest():
+    with pytest.raises(UsageError, match=r"optimizer .* got 'adamww'.*did you mean 'adamw'"):
+        stage(optimizer="adamww")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from robustify.attacks.pgd import pgd
 from robustify.attacks.suite import make_suite, run_suite
+from robustify.attacks.victim import require_images, require_labels
 from robustify.errors import UsageError
 from robustify.fold import constant
 from robustify.losses import cross_entropy
@@ -22,20 +23,27 @@ def attack(
     name: str = "pgd",
     norm: Norm = "Linf",
     eps: float = 8 / 255,
-    steps: int = 40,
+    steps: int | None = None,
     step_size: float | None = None,
     seed: int = 0,
     batch_size: int = 250,
 ) -> Tensor:
     """Adversarial images for (N, C, H, W) images in [0, 1] and labels (N,), in the threat model.
 
-    `pgd` climbs cross-entropy for `steps` of `step_size` (eps/4 unless given) on every image. Any
+    `pgd` climbs cross-entropy for `steps` (40) of `step_size` (eps/4) on every image. Any
     other name that `suite` knows (`apgd-t`, `square`, `standard`, …) runs with its own settings and
     stops at the first image that is misclassified; an image that withstands it is returned as it
     was. `model` gives logits (N, K); its mode and gradients are left as they were.
+    Raises `DataError` for images or labels that do not fit, `UsageError` for an unknown attack.
     """
+    if name != "pgd" and not (steps is None and step_size is None):
+        raise UsageError(f"expected no steps or step_size for {name}, which has its own")
+    require_images(images, labels)
     threat = ThreatModel(norm, eps)
     with constant(model, images[:8]) as victim:
+        with torch.no_grad():
+            classes = victim(images[:1]).shape[1]
+        require_labels(labels, classes)
         if name == "pgd":
             noise = Noise.for_batch(seed, images)
             parts = []
@@ -46,16 +54,12 @@ def attack(
                         lambda x, label=label: cross_entropy(victim(x), label),  # type: ignore[misc]
                         images[rows],
                         threat,
-                        steps=steps,
+                        steps=40 if steps is None else steps,
                         step_size=eps / 4 if step_size is None else step_size,
                         noise=noise[rows],
                     )
                 )
             return torch.cat(parts)
-        if step_size is not None:
-            raise UsageError(f"expected no step_size for {name}, which chooses its own steps")
-        with torch.no_grad():
-            classes = victim(images[:1]).shape[1]
         images_adv = images.clone()
 
         def keep(attack_name: str, index: int, right: bool, image_adv: Tensor | None) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from robustify.attacks.passes import Passes
+from robustify.errors import DataError
 
 _ROWS = 8  # batches are padded to a multiple of this
 
@@ -109,3 +110,31 @@ class Victim:
     @staticmethod
     def _mean(samples: list[Tensor]) -> Tensor:
         return samples[0] if len(samples) == 1 else torch.stack(samples).mean(0)
+
+
+def require_images(images: Tensor, labels: Tensor) -> None:
+    """Raise `DataError` unless these are (N, C, H, W) images in [0, 1] and (N,) integer labels."""
+    if images.dim() != 4 or len(images) == 0:
+        raise DataError(f"expected images (N, C, H, W) with N >= 1, got {tuple(images.shape)}")
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise DataError(
+            f"expected {len(images)} integer labels, one per image, got {labels.dtype} "
+            f"{tuple(labels.shape)}"
+        )
+    if not images.is_floating_point():
+        raise DataError(f"expected images of floats in [0, 1], got {images.dtype}; divide by 255")
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):
+        raise DataError(
+            f"expected images in [0, 1], got [{low:.3g}, {high:.3g}]; divide by 255 and leave the "
+            "normalization to the model"
+        )
+
+
+def require_labels(labels: Tensor, classes: int) -> None:
+    """Raise `DataError` unless `labels` are those of a model with so many classes."""
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise DataError(
+            f"expected labels from 0 to {classes - 1} for a model with {classes} classes, got "
+            f"{int(labels.min())} to {int(labels.max())}"
+        )

@@ -86,7 +86,7 @@ def stages(
     on both kinds of images), the student, and in mode adaptive A and S again, end to end, while eps
     grows over `eps_ramp` epochs (below 1: of all). `static_epochs`: of the stages before these."""
     check_teachers(student, teachers, roles=0)
-    if is_from_scratch(student) or "replaced" in student.about:
+    if is_from_scratch(student):
         yield Standard(student=student, name="classifier", training_changes=_ORDINARY)
     stability = target == "stability"
     crafting = partial(against_classifier, threat=threat, attack=attack, own_answers=stability,
