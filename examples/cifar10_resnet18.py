@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from robustify import distill
+from robustify.harden import distill  # imported whole: no interrupt is lost in an import
 from robustify.report import interval, percent, read
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
