@@ -43,7 +43,7 @@ def attach(
     eps: float | None = None,
     limit: int | None = None,
     seed: int = 0,
-    batch_size: int = 250,
+    batch_size: int | None = None,
 ) -> Path:
     """Join a purifier (a folder that `distill` left, or its file) with a classifier (anything that
     `models.load` understands) in the folder `out`, evaluate the pair, and return the folder.

@@ -9,7 +9,7 @@ import torch
 from timm.models import get_model_args, get_model_input_config
 from torch import Tensor, nn
 
-from robustify.errors import ModelError
+from robustify.errors import ModelError, UsageError
 from robustify.weights import registry_cfg
 
 
@@ -84,6 +84,17 @@ class Classifier(nn.Module):
         maps = self.module.forward_features(self.normalize(images))  # type: ignore[operator]
         logits = self.module.forward_head(maps)  # type: ignore[operator]
         return logits, self._as_map(maps, images)
+
+    def set_grad_checkpointing(self) -> None:
+        """Keep few activations in a forward, and compute the others again in the backward. Raises
+        `UsageError` where the network does not offer that."""
+        try:
+            self.module.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError, ValueError):  # timm asserts, transformers raises
+            raise UsageError(
+                f"expected a network with gradient checkpointing, got {self.architecture}; leave "
+                "training.grad_checkpointing out, or choose another network"
+            ) from None
 
     def keep_classes(self, rows: Sequence[int]) -> None:
         """Keep these logits, in this order. Raises `ModelError` for a head that is not linear."""

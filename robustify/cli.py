@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
     FloatType = click.ParamType[float]
     FloatsType = click.ParamType[tuple[float, ...]]
+    IntOrTextType = click.ParamType[int | str]
 else:  # before click 8.4 the class takes no parameters
-    FloatType = FloatsType = click.ParamType
+    FloatType = FloatsType = IntOrTextType = click.ParamType
 
 
 COLUMN = 30  # characters a column of text
@@ -46,6 +47,21 @@ class EpsList(FloatsType):
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
         """Floats, in the order given."""
         return tuple(Eps().convert(part, param, ctx) for part in value.split(","))
+
+
+class BatchSize(IntOrTextType):
+    """A number of images, or `auto`."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        """The number, or "auto"; raises `UsageError` for anything else."""
+        text = str(value)
+        if text == "auto":
+            return text
+        if text.isdecimal() and int(text) > 0:
+            return int(text)
+        raise UsageError(f"expected a batch size of at least 1, or auto, got {value!r}")
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -91,7 +107,7 @@ def robustify(debug: bool) -> None:
     help="A run for every value of a setting; given again, for every combination.",
 )  # fmt: skip
 @click.option("--epochs", type=int)
-@click.option("--batch-size", type=int, help="Per process.")
+@click.option("--batch-size", type=BatchSize(), help="Per process; auto finds one by trial.")
 @click.option("--lr", type=float)
 @seed_option
 @click.option("--precision", default="fp32", show_default=True, help="fp32 or bf16.")
@@ -103,6 +119,13 @@ def robustify(debug: bool) -> None:
 @limit_option
 @click.option("--max-steps", type=click.IntRange(min=1), help="Stop after N steps of each stage.")
 @click.option("--sync-bn", is_flag=True, help="BatchNorm statistics over all processes (GPUs).")
+@click.option(
+    "--compile/--no-compile", "compiled", default=False,
+    help="torch.compile the attacked network; CUDA graphs on a GPU.",
+)  # fmt: skip
+@click.option(
+    "--profile", "profiled", is_flag=True, help="Leave where a step's time goes, of every stage."
+)
 @click.option("--resume/--no-resume", default=True, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Print what would happen, and how long it takes.")
 @as_json
@@ -190,7 +213,9 @@ def _sweep(
 @click.option("--eps", type=EpsList(), help="8/255; several, 2/255,8/255, give a curve.")
 @limit_option
 @seed_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Default: what the device's memory allows."
+)
 @click.option(
     "--transfer-from", multiple=True, metavar="MODEL",
     help="Also try what PGD finds on this model; may be repeated.",
@@ -214,7 +239,7 @@ def evaluate(
     eps: tuple[float, ...] | None,
     limit: int | None,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     transfer_from: tuple[str, ...],
     out: Path | None,
     fail_under: float | None,

@@ -2,11 +2,13 @@
 
 A signature is a schema: the keyword-only parameters of a recipe's `stages`, of `pgd` and of
 `Training` define what may be said; anything else is an error with a suggestion. YAML holds plain
-values and can never name code.
+values and can never name code. `presets.yaml` beside this module holds the presets that every
+recipe has.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -22,8 +24,11 @@ from typing import Any
 import yaml
 
 from robustify.errors import UsageError, suggest
+from robustify.threat import Norm
 
 SECTIONS = ("method", "attack", "training")
+DATA = {"image_size": int, "norm": Norm, "eps": float}  # what a preset may say about the data
+COMMON = Path(__file__).with_name("presets.yaml")
 ABOUT = {  # what a recipe says of itself, in text, and what is shown where it does not
     "idea": "not said",
     "paper": "not said",
@@ -160,21 +165,29 @@ def _read(path: Path | None, name: str, module: str) -> Recipe:
                 + suggest(str(key), ABOUT)
             )
     sections = {key: _entries(path, key, content.get(key)) for key in SECTIONS}
-    presets = {
-        preset: _preset(path, preset, changes)
-        for preset, changes in _entries(path, "presets", content.get("presets")).items()
-    }
+    own = _entries(path, "presets", content.get("presets"))
+    presets = {preset: _preset(path, preset, changes) for preset, changes in own.items()}
+    for preset, common in common_presets().items():
+        mine = presets.get(preset, {})
+        presets[preset] = {k: {**common.get(k, {}), **mine.get(k, {})} for k in common | mine}
     return Recipe(name, path, module, about, sections, presets)
+
+
+@functools.cache
+def common_presets() -> dict[str, dict[str, dict[str, Any]]]:
+    """The presets that every recipe has, by name and section."""
+    return {name: _preset(COMMON, name, changes) for name, changes in _mapping(COMMON).items()}
 
 
 def _preset(path: Path | None, preset: str, changes: Any) -> dict[str, dict[str, Any]]:
     """What one preset says, by section."""
     sections = _entries(path, f"presets.{preset}", changes)
+    known = (*SECTIONS, "data")
     for key in sections:
-        if key not in SECTIONS:
+        if key not in known:
             raise UsageError(
-                f"{path}: expected sections {', '.join(SECTIONS)} in presets.{preset}, got {key!r}"
-                + suggest(key, SECTIONS)
+                f"{path}: expected sections {', '.join(known)} in presets.{preset}, got {key!r}"
+                + suggest(key, known)
             )
     return {key: _entries(path, f"presets.{preset}.{key}", sections[key]) for key in sections}
 
@@ -215,15 +228,12 @@ def resolve(
     Without `preset`, a preset named like the data set applies. Raises `UsageError` with the nearest
     known name for anything unknown or of the wrong type.
     """
-    if preset is not None and preset not in recipe.presets:
-        raise UsageError(
-            f"expected a preset of {', '.join(recipe.presets) or 'none'} for {recipe.name}, got "
-            f"{preset!r}{suggest(preset, recipe.presets)}"
-        )
-    chosen = recipe.presets.get(preset or data_name, {})
+    chosen = _chosen(recipe, preset) if preset else recipe.presets.get(data_name, {})
     resolved: dict[str, dict[str, Any]] = {}
     for section in SECTIONS:
-        values = {**recipe.sections.get(section, {}), **(chosen.get(section) or {})}
+        values = {**recipe.sections.get(section, {}), **chosen.get(section, {})}
+        if not schemas[section] and preset in common_presets():
+            values = {}  # the attack of a recipe that has none
         for key, value in values.items():
             _require(f"{section}.{key}", schemas)
             values[key] = _value(f"{section}.{key}", value, schemas[section][key], eps)
@@ -232,6 +242,26 @@ def resolve(
         section, name = _require(key, schemas)
         resolved[section][name] = _value(key, value, schemas[section][name], eps)
     return resolved
+
+
+def data_of(recipe: Recipe, preset: str | None) -> dict[str, Any]:
+    """What a preset says about the data: `image_size` in pixels, `norm` and `eps`, where it does.
+    Raises `UsageError` as `resolve`."""
+    said = _chosen(recipe, preset).get("data", {}) if preset else {}
+    found = {}
+    for key, value in said.items():
+        _require(f"data.{key}", {"data": DATA})
+        found[key] = _value(f"data.{key}", value, DATA[key], eps=0.0)
+    return found
+
+
+def _chosen(recipe: Recipe, preset: str) -> Mapping[str, Mapping[str, Any]]:
+    if preset not in recipe.presets:
+        raise UsageError(
+            f"expected a preset of {', '.join(recipe.presets)} for {recipe.name}, got {preset!r}"
+            + suggest(preset, recipe.presets)
+        )
+    return recipe.presets[preset]
 
 
 def schema(target: Callable[..., Any], *, without: tuple[str, ...] = ()) -> dict[str, Any]:

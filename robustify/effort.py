@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from robustify.attacks.passes import Passes
 from robustify.classifier import Classifier
 from robustify.errors import UsageError
-from robustify.harden import Job, new_accelerator, new_stage, objectives
+from robustify.harden import Job, new_accelerator, new_stage, objectives, sized
 from robustify.objective import Objective, evaluating
 from robustify.purifier import Purified, Purifier
 from robustify.settings import Training
@@ -99,6 +99,7 @@ def _stretched(training: Training, epochs: int) -> Training:
 
 def dry_run(job: Job) -> dict[str, Any]:
     """What `distill` would do: settings, sizes, counted work, and time from two real steps."""
+    job = sized(job) if job.find_batch_size else job
     rows = []
     for stage in _stages(job):
         passes = _passes(job, stage)

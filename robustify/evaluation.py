@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from robustify import memory
 from robustify.attacks.passes import Passes
 from robustify.attacks.suite import AttackOutcome, Suite, make_suite, run_suite
 from robustify.attacks.transfer import Transfer
@@ -211,7 +212,7 @@ def evaluate(
     suite: str = "standard",
     norm: Norm = "Linf",
     eps: float | None = None,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     seed: int = 0,
     class_names: Sequence[str] | None = None,
     sharded: bool = False,
@@ -229,9 +230,10 @@ def evaluate(
 
     `model` returns logits (N, K), alone, first in a tuple, or as `.logits`; its mode and gradients
     are left as they were. Every attack runs in float32 with noise keyed by the image's position, so
-    the result does not depend on `batch_size`. `decided` is told of every verdict as it falls, and
-    verdicts in `done` (attack -> image -> still right) are taken over. `sharded` divides the images
-    over Accelerate's processes; every process gets the whole report.
+    the result does not depend on `batch_size`, by default what the memory allows. `decided` is told
+    of every verdict as it falls, and verdicts in `done` (attack -> image -> still right) are taken
+    over. `sharded` divides the images over Accelerate's processes; every process gets the whole
+    report.
 
     The verdict rests on `checks`: full, quick or always (by default full with the suites standard
     and plus, quick with fast, always otherwise). `reference` says what the model is, for the
@@ -244,6 +246,8 @@ def evaluate(
     threat = chosen(norm, eps, ThreatModel("Linf", 8 / 255))
     started = time.monotonic()
     network, classes = _check(model, images, labels)
+    if batch_size is None:
+        batch_size = _batch_size(network, images, sharded=sharded)
     run = _Run(network, images, labels, threat, batch_size, seed, sharded, decided, done or {})
     attacks = make_suite(suite, threat, classes)
     others = {
@@ -286,6 +290,13 @@ def evaluate(
         class_names=class_names,
         seconds=time.monotonic() - started,
     )
+
+
+def _batch_size(network: nn.Module, images: Tensor, *, sharded: bool) -> int:
+    few = images[:8]
+    processes = this_process().num_processes if sharded else 1
+    with evaluating(network), constant(network, few) as victim:
+        return memory.evaluation_batch(victim, few, processes=processes)
 
 
 class _Run:

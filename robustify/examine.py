@@ -43,7 +43,7 @@ def assess(
     suite: str,
     limit: int | None = None,
     seed: int = 0,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     transfer_from: Mapping[str, Classifier] | None = None,
     out: Path | None = None,
 ) -> Report:
@@ -108,7 +108,7 @@ def examine(
     eps: Sequence[float] = (),
     limit: int | None = None,
     seed: int = 0,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     transfer_from: Sequence[str] = (),
     out: Path | None = None,
 ) -> dict[str, Any] | None:

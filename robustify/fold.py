@@ -3,6 +3,7 @@
 Inner maximization and evaluation run a network many times at the same weights. `constant` lends a
 copy in eval mode whose parameters take no gradients and whose BatchNorms are folded into the
 convolutions before them:  BN(Wx + b) = sWx + s(b - mean) + bias,  s = weight / sqrt(var + eps).
+Inside `robustify.compilation.compiling` the copy is compiled as well.
 
 The copy is traced once per network and kept beside it, never in it; each use only copies the
 weights over. What cannot be traced or has nothing to fold is lent itself, and given back as it was.
@@ -24,6 +25,8 @@ from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from robustify import compilation
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,20 @@ def _still(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def without_checkpointing(network: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing, as timm's networks know it, off inside."""
+    modules: list[Any] = list(network.modules())
+    checkpointed = [module for module in modules if getattr(module, "grad_checkpointing", False)]
+    for module in checkpointed:
+        module.grad_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.grad_checkpointing = True
+
+
 class _Folded:
     """A folded copy of one network, independent of it but for `refresh`."""
 
@@ -86,10 +103,16 @@ class _Folded:
         tensors = [*self.graph.named_parameters(), *self.graph.named_buffers()]
         of_pairs = {f"{conv}.{name}" for conv in self.pairs for name in ("weight", "bias")}
         self.rest = [(name, tensor) for name, tensor in tensors if name not in of_pairs]
+        self.run: Callable[[Tensor], Tensor] = self.graph
+        if compilation.is_wanted():
+            self.run = compilation.Compiled(self.graph, _name(network))
 
     def __call__(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=self.layout)
-        return self.graph(images)  # type: ignore[no-any-return]
+        return self.run(images.contiguous(memory_format=self.layout))
+
+    def plain(self, images: Tensor) -> Tensor:
+        """The answer without compiling."""
+        return self.graph(images.contiguous(memory_format=self.layout))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def refresh(self, network: nn.Module) -> None:
@@ -135,7 +158,7 @@ class _Fingerprint:
 def _place(network: nn.Module, channels_last: bool) -> tuple[Any, ...]:
     first = next(network.parameters(), None)
     where = None if first is None else (first.device, first.dtype)
-    return where, channels_last, _is_hooked(network)
+    return where, channels_last, _is_hooked(network), compilation.is_wanted()
 
 
 def _is_hooked(network: nn.Module) -> bool:
@@ -167,17 +190,19 @@ def _folded(network: nn.Module, images: Tensor) -> _Folded | None:
 
 def _decide(network: nn.Module, images: Tensor, channels_last: bool) -> _Folded | _Plain:
     plain = _Plain(_Fingerprint.of(network, channels_last))
-    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+    normalized = any(isinstance(module, _BatchNorm) for module in network.modules())
+    if not normalized and not compilation.is_wanted():
         return plain
     if _is_hooked(network):
-        log.info("%s has hooks: its BatchNorm is not folded", _name(network))
+        log.info("%s has hooks: it is neither folded nor compiled", _name(network))
         return plain
     try:
         folded = _Folded(network, channels_last)
     except Exception as error:  # tracing runs the network's own code on stand-ins for tensors
-        log.info("%s cannot be traced, so its BatchNorm is not folded: %s", _name(network), error)
+        log.info("%s cannot be traced, so it is neither folded nor compiled: %s",
+                 _name(network), error)  # fmt: skip
         return plain
-    if not folded.pairs:
+    if not folded.pairs and not compilation.is_wanted():
         return plain
     folded.refresh(network)
     difference = _difference(network, folded, images[:_CHECKED_IMAGES])
@@ -194,7 +219,7 @@ def _difference(network: nn.Module, folded: _Folded, images: Tensor) -> float:
     """The largest difference of logits over the largest logit, without autocast."""
     with _still(network), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         plain = network(images)
-        gap = (folded(images) - plain).abs().max()
+        gap = (folded.plain(images) - plain).abs().max()
     return float(gap / plain.abs().max().clamp_min(1e-6))
 
 
@@ -218,7 +243,7 @@ def _trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
 
     Raises whatever tracing raises, and ValueError for tensors that `refresh` could not find again.
     """
-    with _still(network):
+    with _still(network), without_checkpointing(network):
         graph = copy.deepcopy(fx.GraphModule(network, _Tracer().trace(network)))
         graph.eval().requires_grad_(False)
     for name, _ in [*graph.named_parameters(), *graph.named_buffers()]:

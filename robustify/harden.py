@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -22,13 +23,16 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 
 from robustify import config, course, data, models
 from robustify.attacks.pgd import pgd
+from robustify.batch_size import find_batch_size
 from robustify.classifier import Classifier
+from robustify.compilation import compiling
 from robustify.data import DataSet
 from robustify.errors import UsageError
 from robustify.examine import assess, masking, shown, versions
 from robustify.frozen import Frozen
 from robustify.objective import Objective
 from robustify.processes import on_cpu, this_process
+from robustify.profiling import profiling
 from robustify.purifier import Purified, facts
 from robustify.report import write_report
 from robustify.run_folder import RunFolder
@@ -39,6 +43,8 @@ from robustify.train import Fitted, Stage, fit
 from robustify.weights import WEIGHTS_FILE
 
 log = logging.getLogger(__name__)
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +65,13 @@ class Job:
     max_steps: int | None
     precision: str
     sync_bn: bool
+    find_batch_size: bool = False  # by trial, where the run has none yet
+    compiled: bool = False
+    profiled: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """What makes this run this run, as plain values: everything but how it is evaluated."""
+        """What makes this run this run, as plain values: everything but how it is evaluated and
+        how its work is done."""
         return {
             "recipe": self.recipe.name,
             "student": self.student,
@@ -101,10 +111,19 @@ def plan(
     sync_bn: bool = False,
     image_size: int | None = None,
     train_limit: int | None = None,
+    compiled: bool = False,
+    profiled: bool = False,
 ) -> Job:
     """Check a request before anything long starts. `settings` overrides the recipe's YAML
-    (`{"training.epochs": 5, "beta": 3}`). Raises `UsageError`, `DataError`."""
+    (`{"training.epochs": 5, "beta": 3}`); a batch size of "auto" is found by trial when the run
+    starts. Raises `UsageError`, `DataError`."""
     found = config.find(recipe)
+    settings = dict(settings or {})
+    find = [k for k in ("batch_size", "training.batch_size") if settings.get(k) == AUTO]
+    for key in find:
+        del settings[key]
+    usual = config.data_of(found, preset)
+    image_size = image_size or usual.get("image_size")
     loaded = data.load(dataset, image_size=image_size)
     wanted = image_size or models.wanted_image_size(student, loaded.image_size)
     if wanted not in (None, loaded.image_size):
@@ -112,6 +131,8 @@ def plan(
         loaded = data.load(dataset, image_size=wanted)
     if train_limit is not None:
         loaded = replace(loaded, train=loaded.train.take(train_limit))
+    if "eps" in usual:
+        loaded = replace(loaded, threat=ThreatModel(usual.get("norm", "Linf"), usual["eps"]))
     threat = chosen(norm, eps, loaded.threat)
     resolved = config.resolve(
         found,
@@ -130,13 +151,15 @@ def plan(
         recipe=found, student=student, teachers=tuple(teachers), dataset=loaded, threat=threat,
         method=resolved["method"], attack=resolved["attack"],
         training=Training(**resolved["training"]), seed=seed, suite=suite, limit=limit,
-        max_steps=max_steps, precision=precision, sync_bn=sync_bn,
+        max_steps=max_steps, precision=precision, sync_bn=sync_bn, find_batch_size=bool(find),
+        compiled=compiled, profiled=profiled,
     )  # fmt: skip
 
 
 def check_recipe(found: config.Recipe) -> list[str]:
     """The presets of a recipe; raises `UsageError` for the first setting that does not fit."""
     for preset in (None, *found.presets):
+        config.data_of(found, preset)
         resolved = config.resolve(found, schemas_of(found), eps=8 / 255, preset=preset)
         Training(**resolved["training"])
     return list(found.presets)
@@ -177,6 +200,9 @@ def run(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
     `fit` raise; KeyboardInterrupt after saving a checkpoint.
     """
     folder = RunFolder(out if out is not None else Path("runs") / name_of(job))
+    if job.find_batch_size:
+        known = folder.record.get("run", {}).get("training", {}).get("batch_size")
+        job = _of_batch_size(job, known) if known and resume else sized(job)
     accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
     owner = accelerator.is_main_process
     with folder.held(job.describe(), resume=resume) if owner else nullcontext():
@@ -189,6 +215,23 @@ def run(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
             log.warning("%s is already trained; evaluating it as asked now", folder.path)
         _leave(job, folder, _work(job, folder, accelerator), accelerator)
     return folder.path
+
+
+def sized(job: Job) -> Job:
+    """`job` with a batch size found by trial on its last stage, the student's own."""
+    *_, last = objectives(job)
+
+    def trial(batch_size: int) -> Stage:
+        accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
+        return new_stage(_of_batch_size(job, batch_size), copy.deepcopy(last), 0, accelerator)
+
+    with compiling(job.compiled):
+        return _of_batch_size(job, find_batch_size(trial))
+
+
+def _of_batch_size(job: Job, batch_size: int) -> Job:
+    training = replace(job.training, batch_size=batch_size)
+    return replace(job, training=training, find_batch_size=False)
 
 
 def local_contents(*names: str) -> dict[str, str]:
@@ -280,7 +323,7 @@ def _work(job: Job, folder: RunFolder, accelerator: Accelerator) -> _Trained:
     fitted: Fitted | None = None
     outline: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
-    with interruptible() as interrupted:
+    with interruptible() as interrupted, compiling(job.compiled):
         for number, objective in enumerate(objectives(job)):
             last = objective
             for role, network in _classifiers(objective):
@@ -293,8 +336,11 @@ def _work(job: Job, folder: RunFolder, accelerator: Accelerator) -> _Trained:
                     lines = (json.dumps(row) for row in before + history)
                     folder.write("metrics.jsonl", "\n".join(lines) + "\n")
 
-            fitted = fit(stage, checkpoints=folder.checkpoints, interrupted=interrupted,
-                         on_epoch=on_epoch)  # fmt: skip
+            profiled = job.profiled and accelerator.is_main_process
+            name = f"stage{number}"
+            with profiling(folder.path, name, wanted=profiled) as on_step:
+                fitted = fit(stage, checkpoints=folder.checkpoints, interrupted=interrupted,
+                             on_epoch=on_epoch, on_step=on_step)  # fmt: skip
             rows += fitted.history
             outline.append({"stage": objective.name, "network": objective.student.architecture,
                             "selection": fitted.selection,

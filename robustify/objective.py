@@ -126,7 +126,8 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def batchnorm_updates(network: nn.Module, times: int) -> Iterator[None]:
-    """Forwards inside move BatchNorm's running statistics as `times` equal forwards would.
+    """Forwards inside move BatchNorm's running statistics as `times` equal forwards would; with 0
+    they leave them as they are.
 
     `times` updates with momentum m towards the same value are one with 1 - (1 - m)^times.
     """

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from robustify import checks
+from robustify import checks, memory
 from robustify.attacks.passes import Passes
 from robustify.attacks.pgd import pgd
 from robustify.data import DataSet, to_float
@@ -193,7 +193,7 @@ def extend(
     dataset: DataSet,
     *,
     more: Mapping[str, Any] | None = None,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     surrogate: nn.Module | None = None,
 ) -> tuple[Report, dict[str, Any]]:
     """`report` on the full system with the other tiers in its worst case, and `more`, the report's
@@ -202,6 +202,7 @@ def extend(
     device = next(purified.parameters()).device
     images, labels, _ = dataset.test.take(report.n).__getitems__(range(report.n))
     images, labels = to_float(images).to(device), labels.to(device)
+    batch_size = batch_size or memory.evaluation_batch(purified, images)
     made = crafted(purified, images, labels, report.threat, seed=report.seed,
                    batch_size=batch_size, surrogate=surrogate)  # fmt: skip
     tiers = [*made, *of_report(report)]

@@ -7,30 +7,34 @@ that is interrupted and resumed goes through the same numbers as one that never 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from robustify import memory
 from robustify.attacks.pgd import keeping, repeating
 from robustify.averaging import new_average, reestimate_batchnorm
 from robustify.checkpoint import Checkpoints
+from robustify.classifier import Classifier
 from robustify.data import Split, augment, to_float
 from robustify.errors import TrainingError, UsageError, suggest
 from robustify.fold import prefers_channels_last
 from robustify.noise import Noise
-from robustify.objective import Objective
+from robustify.objective import Objective, batchnorm_updates
 from robustify.schedule import new_schedule
 from robustify.selection import Selection, copy_of, share_buffers, validate
 from robustify.settings import Training
@@ -44,6 +48,7 @@ AUGMENTATION, ATTACK = 0, 1  # streams of noise
 CHECK_EVERY = (
     50  # optimizer steps between two looks at the loss on a GPU, each of which waits for it
 )
+RESIDENT = 0.1  # of a GPU's free memory may be taken by training images
 
 
 @dataclass
@@ -88,18 +93,22 @@ class Stage:
         max_steps: int | None = None,
     ) -> None:
         self.objective, self.number, self.settings = objective, number, settings
-        self.train, self.validation, self.threat, self.seed = train, validation, threat, seed
+        self.train, self.validation = (_near(s, accelerator.device) for s in (train, validation))
+        self.threat, self.seed = threat, seed
         self.policy = settings.augmentation or policy
         self.accelerator = accelerator
         self.progress = Progress()
         self.selection = Selection(settings.select)
         objective.to(accelerator.device)
+        if settings.grad_checkpointing:
+            for network in trained(objective):
+                network.set_grad_checkpointing()
         self.layout = torch.contiguous_format
         if prefers_channels_last(objective.student, objective.student.image_size):
             self.layout = torch.channels_last
             objective.to(memory_format=self.layout)
         optimizer = _optimizer(objective, settings)
-        loader = DataLoader(train, settings.batch_size, shuffle=True, collate_fn=_as_fetched)
+        loader = DataLoader(self.train, settings.batch_size, shuffle=True, collate_fn=_as_fetched)
         self.model, self.optimizer, self.loader = accelerator.prepare(objective, optimizer, loader)
         self.schedule = new_schedule(optimizer, settings)
         self.averaged = new_average(objective.student, settings)
@@ -120,8 +129,10 @@ class Stage:
         """Augmented images in [0, 1], labels, and the noise that belongs to them."""
         images, labels, indices = fetched
         noise = Noise(self.seed, indices, (self.number, epoch))
-        images = to_float(augment(images, noise.fork(AUGMENTATION), self.policy))
-        return images.contiguous(memory_format=self.layout), labels, noise.fork(ATTACK)
+        with record_function("augmentation"):
+            images = to_float(augment(images, noise.fork(AUGMENTATION), self.policy))
+            images = images.contiguous(memory_format=self.layout)
+        return images, labels, noise.fork(ATTACK)
 
     def prepare(self) -> None:
         """Show the objective every training image once."""
@@ -148,20 +159,29 @@ class Stage:
         with self.accelerator.accumulate(self.model):
             with self._perturbed(batch, seed) as already:
                 torch.manual_seed(seed)
-                terms: dict[str, Tensor] = self.model(*batch) | already
+                with record_function("objective"):
+                    terms: dict[str, Tensor] = self.model(*batch) | already
                 self._stop_if_not_finite(terms["loss"])
-                self.accelerator.backward(terms["loss"])
+                with record_function("backward"), self._checkpointed():
+                    self.accelerator.backward(terms["loss"])
             if self.accelerator.sync_gradients:
                 if self.settings.clip_grad is not None:
                     self.accelerator.clip_grad_norm_(
                         self.objective.parameters(), self.settings.clip_grad
                     )
                 progress.updates += 1
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            with record_function("optimizer"):
+                self.optimizer.step()
+                self.optimizer.zero_grad()
         if self.settings.averaging == "ema" and self.accelerator.sync_gradients:
             self._average()
         return {name: term.detach() for name, term in terms.items()}
+
+    def _checkpointed(self) -> AbstractContextManager[None]:
+        """For a backward: what gradient checkpointing forwards again must not be counted again."""
+        if not self.settings.grad_checkpointing:
+            return nullcontext()
+        return batchnorm_updates(self.objective, 0)
 
     @contextmanager
     def _perturbed(
@@ -238,11 +258,12 @@ class Stage:
             yield self.batch(fetched, self.progress.epoch)[0]
 
     def _evaluate(self, name: str, network: nn.Module) -> dict[str, float]:
-        score = validate(
-            network, self.validation, self.threat, accelerator=self.accelerator,
-            batch_size=self.settings.batch_size, steps=self.settings.validation_steps,
-            noise_seed=self.seed,
-        )  # fmt: skip
+        with record_function("validation"):
+            score = validate(
+                network, self.validation, self.threat, accelerator=self.accelerator,
+                batch_size=self.settings.batch_size, steps=self.settings.validation_steps,
+                noise_seed=self.seed,
+            )  # fmt: skip
         self.selection.consider(name, network, score, epoch=self.progress.epoch)
         return {f"{name} {kind}": accuracy for kind, accuracy in score.items()}
 
@@ -299,12 +320,13 @@ def fit(
     checkpoints: Checkpoints,
     interrupted: Callable[[], bool] = lambda: False,
     on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Fitted:
     """Train `stage` to its end from wherever its checkpoint left it.
 
     `interrupted` is asked after every step; True saves a checkpoint and raises KeyboardInterrupt.
-    `on_epoch` receives all rows so far. Raises `TrainingError` where the loss is not finite, naming
-    the last good checkpoint.
+    `on_step` is called after every step, `on_epoch` with all rows so far. Raises `TrainingError`
+    where the loss is not finite, naming the last good checkpoint.
     """
     name = f"stage{stage.number}"
     saved = checkpoints.load(name)
@@ -323,7 +345,7 @@ def fit(
             if not stage.finished:
                 stage.prepare()
             while not stage.finished:
-                _epoch(stage, checkpoints, name, bar, interrupted)
+                _epoch(stage, checkpoints, name, bar, interrupted, on_step)
                 on_epoch(stage.progress.history)
     except TrainingError as error:
         kept = checkpoints.newest(name)
@@ -341,6 +363,7 @@ def _epoch(
     name: str,
     bar: tqdm[Any],
     interrupted: Callable[[], bool],
+    on_step: Callable[[], None],
 ) -> None:
     """The rest of the epoch that `stage` is in."""
     progress = stage.progress
@@ -356,6 +379,7 @@ def _epoch(
     for fetched in loader:
         updates = progress.updates
         terms = stage.step(fetched)
+        on_step()
         progress.step += 1
         for key, term in terms.items():
             sums[key] = sums.get(key, torch.zeros((), **exact)) + term
@@ -393,7 +417,13 @@ def _save(stage: Stage, checkpoints: Checkpoints, name: str) -> None:
 
 def _optimizer(objective: Objective, settings: Training) -> torch.optim.Optimizer:
     """timm's optimizer of that name. Raises `UsageError` for one that it does not know."""
+    on_gpu = all(p.is_cuda for p in objective.parameters())
+    more: dict[str, Any] = {}
     try:
+        # One kernel for all parameters, where the optimizer is one of torch's.
+        known = inspect.signature(get_optimizer_class(settings.optimizer, bind_defaults=False))
+        if on_gpu and "fused" in known.parameters:
+            more["fused"] = True
         optimizer: torch.optim.Optimizer = create_optimizer_v2(
             objective,
             opt=settings.optimizer,
@@ -401,6 +431,7 @@ def _optimizer(objective: Objective, settings: Training) -> torch.optim.Optimize
             weight_decay=settings.weight_decay,
             momentum=settings.momentum,
             filter_bias_and_bn=False,
+            **more,
         )
     except ValueError as error:
         near = suggest(settings.optimizer, list_optimizers())
@@ -409,6 +440,20 @@ def _optimizer(objective: Objective, settings: Training) -> torch.optim.Optimize
             f"({error}){near}"
         ) from None
     return optimizer
+
+
+def trained(objective: Objective) -> Iterator[Classifier]:
+    """The classifiers of `objective` that have something to train."""
+    for module in objective.children():
+        if isinstance(module, Classifier) and any(p.requires_grad for p in module.parameters()):
+            yield module
+
+
+def _near(split: Split, device: torch.device) -> Split:
+    """`split` on the GPU where it takes little of its memory: no step then waits for images."""
+    store = split.store
+    small = isinstance(store, Tensor) and store.nbytes < RESIDENT * memory.free(device)
+    return split.to(device) if small and device.type == "cuda" else split
 
 
 def _as_fetched(batch: Any) -> Any:

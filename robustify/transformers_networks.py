@@ -64,6 +64,13 @@ class TransformersNetwork(nn.Module):
             )
         return found[0]
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As timm's networks have it."""
+        if enable:
+            self.model.gradient_checkpointing_enable()
+        else:
+            self.model.gradient_checkpointing_disable()
+
     @torch.no_grad()
     def takes(self, image_size: int) -> bool:
         """Whether it answers images of that side."""

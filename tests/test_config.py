@@ -150,3 +150,40 @@ def test_a_recipe_that_cannot_be_imported_is_refused_in_one_line(tmp_path, code,
     with pytest.raises(UsageError, match=f"can be imported, but .*{says}") as caught:
         config.find(str(tmp_path / "broken.py")).load()
     assert "\n" not in str(caught.value)
+
+
+def test_every_recipe_has_the_common_presets_and_may_add_to_them():
+    for name in config.names():
+        found = config.find(name)
+        assert config.data_of(found, "imagenet") == {
+            "image_size": 224, "norm": "Linf", "eps": pytest.approx(4 / 255)
+        }  # fmt: skip
+        resolved = config.resolve(found, harden.schemas_of(found), eps=4 / 255, preset="imagenet")
+        assert resolved["training"]["optimizer"] == "adamw"
+        if harden.schemas_of(found)["attack"]:
+            assert resolved["attack"]["step_size"] == pytest.approx(2 / 3 * 4 / 255)
+        else:
+            assert resolved["attack"] == {}
+    tiny = config.find("peeraid").presets["paper-tinyimagenet"]["method"]
+    assert config.find("peeraid").presets["imagenet"]["method"] == tiny
+
+
+def test_a_preset_that_says_something_else_about_the_data_is_refused(tmp_path):
+    for said, message in (
+        ("image_sise: 224", "did you mean 'data.image_size'"),
+        ("norm: Linff", "expected data.norm to be one of Linf, L2, L1"),
+        ("eps: [1]", "expected data.eps to be float"),
+    ):
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(f"recipe: trades\npresets: {{a: {{data: {{{said}}}}}}}\n")
+        with pytest.raises(UsageError, match=message):
+            harden.check_recipe(config.find(str(mine)))
+
+
+def test_a_preset_decides_size_and_threat_model_unless_they_are_given():
+    job = harden.plan("trades", "resnet18", preset="imagenet", dataset="digits", train_limit=20)
+    assert job.dataset.image_size == 224
+    assert str(job.threat) == "Linf 4/255"
+    job = harden.plan("trades", "resnet18", preset="imagenet", image_size=32, eps=0.1)
+    assert job.dataset.image_size == 32
+    assert job.threat.eps == 0.1

@@ -9,6 +9,7 @@ import torch
 from loops import CrossEntropy, stage, tiny, weights
 from torch import nn
 
+from robustify import memory, models
 from robustify.averaging import reestimate_batchnorm
 from robustify.checkpoint import Checkpoints
 from robustify.errors import RunFolderError, TrainingError, UsageError
@@ -182,3 +183,32 @@ def test_no_checkpoint_holds_what_a_look_now_and_then_has_missed(tmp_path, monke
 def test_an_unknown_optimizer_is_refused_with_the_nearest():
     with pytest.raises(UsageError, match=r"optimizer .* got 'adamww'.*did you mean 'adamw'"):
         stage(optimizer="adamww")
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(tmp_path):
+    """Neither weights nor BatchNorm statistics, which the second forward must not move again."""
+    found, kept = {}, {}
+    for on in (False, True):
+        torch.manual_seed(0)
+        student = models.create("resnet18", num_classes=10, in_chans=1, image_size=8)
+        run = stage(student=student, epochs=1, max_steps=3, lr=1e-3, grad_checkpointing=on)
+        kept[on] = memory.activations(student.train(), torch.rand(8, 1, 8, 8))
+        fit(run, checkpoints=Checkpoints(tmp_path / str(on)))
+        state = run.objective.student.state_dict()
+        found[on] = {k: v for k, v in state.items() if "num_batches_tracked" not in k}
+    assert kept[True] < 0.5 * kept[False]
+    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_of_a_network_without_it_is_refused():
+    with pytest.raises(UsageError, match=r"network with gradient checkpointing, got tiny; leave"):
+        stage(grad_checkpointing=True)
+
+
+def test_no_epoch_of_a_warmup_has_a_rate_of_zero():
+    run = stage(epochs=6, warmup_epochs=3, schedule="cosine", lr=0.4)
+    rates = []
+    for epoch in range(4):
+        run.schedule.step(epoch)
+        rates.append(run.schedule.optimizer.param_groups[0]["lr"])
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3])

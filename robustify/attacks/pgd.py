@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from robustify.errors import UsageError
 from robustify.losses import cross_entropy
@@ -45,12 +46,30 @@ def pgd(
     gives the images themselves. The start is uniform in the ball, the published Gaussian of 0.001
     (not clipped, as published), or the images. Inside `repeating` nothing is searched.
     """
+
+    def search() -> Tensor:
+        images_adv = begin(images, threat, noise, start)
+        for _ in range(steps):
+            images_adv.requires_grad_()
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(loss_fn(images_adv).sum(), images_adv)
+            ascended = threat.ascend(images_adv.detach(), gradient, step_size)
+            images_adv = threat.project(ascended, images)
+        return images_adv
+
+    return once(images, search if steps else lambda: images.detach().clone())
+
+
+def once(images: Tensor, search: Callable[[], Tensor]) -> Tensor:
+    """What `search` finds for `images`; inside `repeating` what it found before, and inside
+    `keeping` kept for that."""
     if (given := _given.get()) is not None:
         found = next(given, None)
         if found is None or found.shape != images.shape:
             raise RuntimeError("expected the same searches as in the pass that is repeated")
         return found
-    images_adv = _search(loss_fn, images, threat, steps, step_size, noise, start)
+    with record_function("inner maximisation"):
+        images_adv = search()
     if (keep := _keep.get()) is not None:
         keep(images_adv)
     return images_adv
@@ -84,27 +103,8 @@ def repeating(found: Sequence[Tensor]) -> Iterator[None]:
         _given.reset(token)
 
 
-def _search(
-    loss_fn: Callable[[Tensor], Tensor],
-    images: Tensor,
-    threat: ThreatModel,
-    steps: int,
-    step_size: float,
-    noise: Noise,
-    start: Start,
-) -> Tensor:
-    if steps == 0:
-        return images.detach().clone()
-    images_adv = _start(images, threat, noise, start)
-    for _ in range(steps):
-        images_adv.requires_grad_()
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(loss_fn(images_adv).sum(), images_adv)
-        images_adv = threat.project(threat.ascend(images_adv.detach(), gradient, step_size), images)
-    return images_adv
-
-
-def _start(images: Tensor, threat: ThreatModel, noise: Noise, start: Start) -> Tensor:
+def begin(images: Tensor, threat: ThreatModel, noise: Noise, start: Start) -> Tensor:
+    """Where a search starts: a new tensor. Raises `UsageError` for an unknown `start`."""
     if start == "uniform":
         return threat.random_start(images, noise)
     if start == "gaussian":

@@ -1,0 +1,57 @@
+"""Friendly attacks: PGD on cross-entropy that leaves an image alone once it fools the model
+(Zhang et al., "Attacks which do not kill training make adversarial learning stronger", ICML 2020,
+arXiv 2002.11242, algorithm 1).
+
+    an image is attacked until it was misclassified `patience` + 1 times; patience is their tau
+
+Images that are done are taken out of the batch, so the attack costs less the weaker the model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from robustify.attacks.pgd import Start, begin, once
+from robustify.losses import cross_entropy
+from robustify.noise import Noise
+from robustify.threat import ThreatModel
+
+
+def friendly_pgd(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    *,
+    patience: int,
+    steps: int,
+    step_size: float,
+    noise: Noise,
+    start: Start = "uniform",
+) -> Tensor:
+    """Images in the threat model around `images` (N, C, H, W), detached. `model` is constant and in
+    eval mode; the other arguments are those of `pgd`, and so is what `repeating` does to it."""
+
+    def search() -> Tensor:
+        images_adv = begin(images, threat, noise, start)
+        left = torch.arange(len(images), device=images.device)
+        patient = torch.full_like(left, patience)
+        for _ in range(steps):
+            variable = images_adv[left].requires_grad_()
+            with torch.enable_grad():
+                logits = model(variable)
+                losses = cross_entropy(logits, labels[left])
+                (gradient,) = torch.autograd.grad(losses.sum(), variable)
+            patient[left] -= (logits.argmax(1) != labels[left]).long()
+            going = patient[left] >= 0
+            left, rows = left[going], gradient[going]
+            if not len(left):
+                break
+            moved = threat.ascend(images_adv[left], rows, step_size)
+            images_adv[left] = threat.project(moved, images[left])
+        return images_adv
+
+    return once(images, search)
