@@ -58,7 +58,7 @@ class StagePasses:
 
 def count(job: Job) -> list[StagePasses]:
     """The model passes of every stage of `job`, from four counted steps of each."""
-    return [_passes(job, stage) for stage in _stages(job)]
+    return [_passes(job, stage) for stage in stages(job)]
 
 
 def at_equal_passes(job: Job, passes: float) -> Job:
@@ -67,9 +67,9 @@ def at_equal_passes(job: Job, passes: float) -> Job:
     Everything that the loop counts in epochs is stretched with them, so the schedule stays whole.
     Raises `UsageError` where one epoch is more already.
     """
-    stages = count(replace(job, max_steps=None))
-    once = sum(s.total if s.fixed else s.before for s in stages)
-    per_epoch = sum(s.per_epoch for s in stages if not s.fixed)
+    counted = count(replace(job, max_steps=None))
+    once = sum(s.total if s.fixed else s.before for s in counted)
+    per_epoch = sum(s.per_epoch for s in counted if not s.fixed)
     if passes < once + per_epoch:
         raise UsageError(
             f"expected at least {once + per_epoch:,.0f} model passes for recipe {job.recipe.name}, "
@@ -101,14 +101,14 @@ def dry_run(job: Job) -> dict[str, Any]:
     """What `distill` would do: settings, sizes, counted work, and time from two real steps."""
     job = sized(job) if job.find_batch_size else job
     rows = []
-    for stage in _stages(job):
+    for stage in stages(job):
         passes = _passes(job, stage)
-        fetched = _first_batch(stage)
+        fetched = first_batch(stage)
         stage.progress.epoch = stage.settings.epochs - 1  # by then whatever starts late is at work
-        with _FlopCount() as step_count:
+        with FlopCount() as step_count:
             stage.step(fetched)
         images, _, _ = stage.batch(fetched, 0)
-        with _FlopCount() as forward_count, torch.no_grad():
+        with FlopCount() as forward_count, torch.no_grad():
             stage.objective.student(images)
         started = time.monotonic()
         for _ in range(2):
@@ -127,7 +127,7 @@ def dry_run(job: Job) -> dict[str, Any]:
             "stages": rows}  # fmt: skip
 
 
-def _stages(job: Job) -> Iterator[Stage]:
+def stages(job: Job) -> Iterator[Stage]:
     """Every stage of `job` with networks of its own, in train mode."""
     accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
     for number, objective in enumerate(objectives(job)):
@@ -136,7 +136,7 @@ def _stages(job: Job) -> Iterator[Stage]:
         yield stage
 
 
-def _first_batch(stage: Stage) -> Fetched:
+def first_batch(stage: Stage) -> Fetched:
     """The first training images: those that `_passes` shows the objective before."""
     images, labels, indices = stage.train.__getitems__(
         range(min(stage.settings.batch_size, len(stage.train)))
@@ -147,7 +147,7 @@ def _first_batch(stage: Stage) -> Fetched:
 
 def _passes(job: Job, stage: Stage) -> StagePasses:
     settings, train = stage.settings, len(stage.train)
-    fetched = _first_batch(stage)
+    fetched = first_batch(stage)
     images, labels, noise = stage.batch(fetched, 0)
     shown = len(images)
     with counting(stage.objective, images) as before:
@@ -217,7 +217,7 @@ def _entry(network: nn.Module, images: Tensor) -> nn.Module:
     return reached[0]
 
 
-class _FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Floating-point operations of what runs inside. torch's own FlopCounterMode also tracks
     modules, by hooks with which the gradient by images alone fails."""
 

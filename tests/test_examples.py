@@ -138,3 +138,12 @@ def test_recipes_are_compared_at_the_passes_of_one_of_them(tmp_path):
     assert code == 0
     assert err.count("is already finished") == 2
     assert again == out
+
+
+def test_the_cost_of_imagenet_is_counted(tmp_path):
+    out = run("imagenet_cost.py", "--students", "resnet18", "--recipes", "standard,pgd_at",
+              "--batch", 2, "--image-size", 32, cwd=tmp_path)  # fmt: skip
+    standard, pgd_at = (line.split() for line in out.splitlines()[-2:])
+    # A forward and a backward for the weights; three of both for the attack besides.
+    assert (standard[2], pgd_at[2]) == ("2", "8")
+    assert (standard[3], pgd_at[3]) == ("0.13", "0.51")  # of 1,276,167 images in 50 epochs
