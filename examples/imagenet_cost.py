@@ -4,8 +4,9 @@
 
 Model passes (images forward plus images backward, of every network) of the preset `imagenet` are
 counted in real steps at 224 pixels. The pass rate is measured in the same steps on this device, of
-one CPU thread or one GPU; hours on eight GPUs follow from floating-point operations that each GPU is assumed to sustain
-(--tflops; 400 is 40 % of what an H100 is specified for in bf16), and from nothing measured there.
+one CPU thread or one GPU; hours on eight GPUs follow from floating-point operations that each GPU
+is assumed to sustain (--tflops; 400 is 40 % of what an H100 is specified for in bf16), and from
+nothing measured there.
 """
 
 import argparse
