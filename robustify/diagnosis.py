@@ -71,7 +71,6 @@ def diagnose(
     temperature: float | None = None,
     tiers: Sequence[str] = ("W",),
     preprocessed: bool = False,
-    attacked_in: torch.dtype = torch.float32,
     check_images: int = CHECK_IMAGES,
     seed: int = 0,
     batch_size: int = 250,
@@ -80,7 +79,7 @@ def diagnose(
 
     `model` and `network` are those of `Probe`. The checks' own attacks run on the first
     `check_images` and enter the worst case. `reference` serves F14, `tiers` and `preprocessed` (a
-    purifier in front, say) F15, `temperature` F3, `attacked_in` F12. Leaves no trace in random
+    purifier in front, say) F15, `temperature` F3. Leaves no trace in random
     states or the model. Raises `UsageError` for an unknown level and a network in training mode,
     `ModelError` for fewer than two classes.
     """
@@ -98,7 +97,7 @@ def diagnose(
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices), torch.autocast(images.device.type, enabled=False):
         torch.manual_seed(seed)  # of a randomised model; the checks have their own
-        flags = measure.model_flags(attacked_in)
+        flags = measure.model_flags()
     survivors = known.alive.clone()
     survivors[:m] &= probe.worst.cpu()
     robust, clean = (float(mask.double().mean()) for mask in (survivors, known.clean))
@@ -141,7 +140,7 @@ class _Measurements:
         names = {"pgd-ce": "ce", "pgd-ce-scaled": "ce_scaled", "random": "random"}
         return frozenset(kind for name, kind in names.items() if name in self.probe.survivors)
 
-    def model_flags(self, attacked_in: torch.dtype) -> dict[str, Flag]:
+    def model_flags(self) -> dict[str, Flag]:
         """F1 to F13; F9 after all others, on what is then alive."""
         probe = self.probe
         if probe.logits.shape[1] < 2:
@@ -158,7 +157,7 @@ class _Measurements:
             "F9": lambda: checks.random_search(probe),
             "F10": lambda: checks.probabilities(probe),
             "F11": lambda: checks.deterministic(probe),
-            "F12": lambda: checks.precision(probe, attacked_in=attacked_in),
+            "F12": lambda: checks.precision(probe),
             "F13": lambda: checks.saturation(probe),
         }
         return {name: self._measured(name, check) for name, check in checked.items()}

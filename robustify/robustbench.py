@@ -34,7 +34,6 @@ def model_info(
     link: str = "",
     venue: str = "Unpublished",
     footnote: str = "",
-    number_forward_passes: int = 1,
 ) -> dict[str, Any]:
     """The entry for a report. `name`, `authors`, `link` and `venue` are the paper's;
     `additional_data` says whether other images than the training split were used.
@@ -49,7 +48,7 @@ def model_info(
         "name": name or f"{content['model']['architecture']}, not published",
         "authors": authors,
         "additional_data": additional_data,
-        "number_forward_passes": number_forward_passes,
+        "number_forward_passes": 1,
         "dataset": data_name,
         "venue": venue,
         "architecture": content["model"]["architecture"],

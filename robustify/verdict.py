@@ -12,9 +12,9 @@ recorded report is judged again, under other thresholds, without running an atta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 Source = Literal["published", "our choice"]
 Relation = Literal[">", ">=", "<", "<="]
@@ -139,22 +139,6 @@ class Flag:
         """The flag called `name`, which was not run."""
         return cls(name, TITLES[name], None, None, None, f"not measured: {why}")
 
-    @classmethod
-    def from_dict(cls, recorded: Mapping[str, Any]) -> Flag:
-        """The flag that `dataclasses.asdict` wrote."""
-        measures = tuple(Measure(**measure) for measure in recorded["measures"])
-        return cls(**{**recorded, "measures": measures})
-
-    def judged_again(self, thresholds: Mapping[str, float]) -> Flag:
-        """The same numbers against other thresholds, by the names of the measures."""
-        if not self.measures:
-            return self
-        again = Flag.of(
-            self.name,
-            [replace(m, threshold=thresholds.get(m.name, m.threshold)) for m in self.measures],
-        )
-        return replace(again, forward=self.forward, backward=self.backward)
-
 
 @dataclass(frozen=True)
 class Headline:
@@ -162,7 +146,7 @@ class Headline:
 
     `attacks`: the kinds that entered the worst case, of `ce`, `ce_scaled` (cross-entropy of
     z / s), `margin`, `dlr`, `square`, `transfer`, `random`. `averaged`: gradients of a randomised
-    model were averaged over samples. `scores`: the model gives logits, not classes alone.
+    model were averaged over samples.
     """
 
     suite: str
@@ -171,7 +155,6 @@ class Headline:
     eps: float
     attacks: frozenset[str]
     averaged: bool = False
-    scores: bool = True
 
 
 @dataclass(frozen=True)
@@ -252,8 +235,6 @@ def _missing(flags: Sequence[Flag], headline: Headline) -> tuple[str, ...]:
             missing.append(
                 "the model gives no input gradient and no black-box attack was run; add square"
             )
-    if not headline.scores:
-        missing.append("the model gives classes alone; the attacks need logits")
     if headline.n < FEWEST_IMAGES:
         missing.append(
             f"expected at least {FEWEST_IMAGES} images (our choice), got {headline.n}; one image "
