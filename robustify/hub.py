@@ -103,15 +103,16 @@ def send(upload: Upload, *, public: bool = False, revision: str | None = None) -
     with _refusals(f"push to {repo_id}"):
         api.whoami()
         address = str(api.create_repo(repo_id, private=not public, exist_ok=True))
-        if revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-            address += f"/tree/{revision}"
-        before = api.model_info(repo_id, revision=revision)
+        before = api.model_info(repo_id)
         if not before.private and not public:
             raise UsageError(
                 f"expected --public, because everybody can read {repo_id}; say so, or name another "
                 "repository"
             )
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            address += f"/tree/{revision}"
+            before = api.model_info(repo_id, revision=revision)
         commit = api.create_commit(
             repo_id,
             operations=_operations(upload),

@@ -230,12 +230,14 @@ def test_public_only_when_said(client, server, folder, repository):
     assert client.run("push", folder, repository, "--public")[0] == 0
     assert not server.repositories[repository].private
     (folder / "extra.json").write_text("{}")
-    code, out, err = client.run("push", folder, repository)
+    refused = [client.run("push", folder, repository, *more) for more in ((), ("--revision", "v2"))]
     (folder / "extra.json").unlink()
-    assert code == 2
-    assert "everybody can read" in one_line(err)
-    assert out == ""
+    for code, out, err in refused:
+        assert code == 2
+        assert "everybody can read" in one_line(err)
+        assert out == ""
     assert "extra.json" not in server.contents(repository)
+    assert set(server.repositories[repository].branches) == {"main"}
 
 
 def test_a_branch_is_made_and_loads_by_its_name(client, server, folder, repository):
