@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -16,6 +17,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from robustify import memory
 from robustify.errors import TrainingError
+from robustify.processes import this_process
 from robustify.train import Stage
 
 log = logging.getLogger(__name__)
@@ -28,27 +30,22 @@ _TIMED = 2  # steps
 
 def find_batch_size(new_stage: Callable[[int], Stage]) -> int:
     """The batch size (per process) for the stages that `new_stage` makes for a size, each with
-    networks of its own. Several processes agree on the smallest that any of them found.
+    networks of its own. Several processes try the same sizes and stop together.
 
     Raises `TrainingError` where not even 8 images fit.
     """
     chosen, best, size = 0, 0.0, LEAST
     tried = []
     while size <= MOST:
-        try:
-            stage = new_stage(size)
-            rate, grew = _measure(stage)
-        except Exception as error:
-            if not should_reduce_batch_size(error):
-                raise
+        trial = _try(new_stage, size)
+        if trial is None:
             tried.append(f"{size}: out of memory")
             break
-        tried.append(f"{size}: {rate:.0f} images/s, {grew / 2**20:.0f} MiB")
-        if rate < best * WORTH:
+        tried.append(f"{size}: {trial.rate:.0f} images/s, {trial.grew / 2**20:.0f} MiB")
+        if trial.rate < best * WORTH:
             break
-        chosen, best = size, rate
-        room = memory.free(stage.accelerator.device)
-        if 2 * size > len(stage.train) or 2 * grew > SHARE * room / _sharing(stage):
+        chosen, best = size, trial.rate
+        if not trial.room_for_twice:
             break
         size *= 2
     if not chosen:
@@ -56,9 +53,39 @@ def find_batch_size(new_stage: Callable[[int], Stage]) -> int:
             f"expected memory for a batch of {LEAST} images, and there is too little; try a "
             "smaller network, --precision bf16 or training.grad_checkpointing=true"
         )
-    chosen = int(min(gather_object([chosen])))
-    log.info("batch size %d (tried %s)", chosen, "; ".join(tried))
+    if this_process().is_main_process:
+        log.info("batch size %d (tried %s)", chosen, "; ".join(tried))
     return chosen
+
+
+class _Trial(NamedTuple):
+    """A step at one size: images per second, bytes at its peak, whether twice as much may be."""
+
+    rate: float
+    grew: int
+    room_for_twice: bool
+
+
+def _try(new_stage: Callable[[int], Stage], size: int) -> _Trial | None:
+    """The slowest and largest of all processes; None where memory ran out in one."""
+    found: _Trial | None = None
+    try:
+        stage = new_stage(size)
+        rate, grew = _measure(stage)
+        room = memory.free(stage.accelerator.device) / _sharing(stage)
+        found = _Trial(rate, grew, 2 * size <= len(stage.train) and 2 * grew <= SHARE * room)
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+    everybody: list[_Trial | None] = gather_object([found])
+    trials = [trial for trial in everybody if trial is not None]
+    if len(trials) < len(everybody):
+        return None
+    return _Trial(
+        min(t.rate for t in trials),
+        max(t.grew for t in trials),
+        all(t.room_for_twice for t in trials),
+    )
 
 
 def _measure(stage: Stage) -> tuple[float, int]:
