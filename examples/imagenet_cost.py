@@ -4,10 +4,10 @@
 
 Model passes (images forward plus images backward, of every network) of the preset `imagenet` are
 counted in real steps at 224 pixels. The pass rate is measured in the same steps on this device, of
-one CPU thread or one GPU. Hours on eight GPUs follow from the floating-point operations that each is
-assumed to sustain, and from nothing measured there: 75 TFLOP/s is ordinary training of a ResNet-50 at
-3,000 images a second (3 passes of 8.2 GFLOP each), which is usual on an H100 in mixed precision;
-ViTs run at several times that.
+one CPU thread or one GPU. Hours on eight GPUs follow from the floating-point operations that each
+is assumed to sustain, and from nothing measured there: 75 TFLOP/s is ordinary training of a
+ResNet-50 at 3,000 images a second (3 passes of 8.2 GFLOP each), which is usual on an H100 in mixed
+precision; ViTs run at several times that.
 """
 
 import argparse

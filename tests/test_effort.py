@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustify.effort import _entry, at_equal_passes, count, dry_run
+from robustify.effort import FlopCount, _entry, at_equal_passes, count, dry_run
 from robustify.errors import UsageError
 from robustify.harden import plan
 from robustify.settings import Training
@@ -117,3 +117,18 @@ def test_the_layer_that_reads_the_images_is_found_where_it_is_not_the_first_para
     network = Tokens()
     assert _entry(network, torch.rand(1, 1, 2, 2)) is network.stem[1]
     assert network.training
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_backward_costs_twice_its_forward_by_groups_too(groups, transposed):
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layer = kind(8, 4, 3, stride=2, groups=groups, bias=False)
+    images = torch.rand(2, 8, 9, 9, requires_grad=True)
+    with FlopCount() as forward:
+        found = layer(images)
+    with FlopCount() as backward:
+        found.sum().backward()
+    at = 9 * 9 if transposed else 4 * 4
+    assert forward.total == 2 * 2 * (8 * 4 // groups) * 9 * at
+    assert backward.total == 2 * forward.total
