@@ -3,10 +3,18 @@
     digits                  1,797 grey 8×8 images, part of this package: no download
     cifar10, cifar100       by torchvision
     FOLDER                  train/ and test/ (or val/, validation/) with one folder per class,
-                            or a clone of a Hub data set (parquet files)
+                            or a clone of a Hub data set (parquet files), or WebDataset shards
+                            (train-*.tar, test-*.tar)
+    PATTERN.tar             WebDataset shards by a pattern: 'shards/{train,val}-{000..146}.tar'
     USER/NAME[@REVISION]    a data set on the Hub
+    hfids:USER/NAME[@REV]   the same read as a stream, without downloading it first
+    wds:FOLDER, wds:URL, wds:PATTERN.tar
+                            WebDataset shards read as a stream: from here, https:// or hf://
 
-A folder with the name of a data set is written `./digits`.
+A folder with the name of a data set is written `./digits`. What is on this machine is read image by
+image where it lies, in any order, however large it is; a stream is read from its beginning to its
+end (see streams.py), and is for what is not here. `|60000,10000` behind the name of a stream says
+how many training and test images it has, where it does not say so itself.
 """
 
 from __future__ import annotations
@@ -24,9 +32,10 @@ from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from robustify.errors import DataError, UsageError, suggest
-from robustify.images import Encoded, EncodedImages, ResizedImages, decode, resize, survey
+from robustify.images import EncodedImages, Reordered, ResizedImages, Source, decode, resize, survey
 from robustify.noise import Noise
-from robustify.sources import CIFAR, Source, read_cifar, read_folder, read_hub
+from robustify.shards import read_shards
+from robustify.sources import CIFAR, read_cifar, read_folder, read_hub
 from robustify.threat import ThreatModel
 
 Policy = Literal["none", "crop", "crop-flip"]
@@ -37,6 +46,7 @@ Images = Tensor | EncodedImages | ResizedImages
 DIGITS_EPS = 0.15
 DIGITS_TEST = 360  # the last images; the order goes by writer, so their hands are mostly unseen
 IN_MEMORY = 4 << 30  # bytes of decoded images; what is larger is decoded batch by batch
+VALIDATION = 5000  # validation images at most, a tenth of CIFAR-10; all are attacked every epoch
 _SAMPLE = 2048  # images from which the mean and std of a set on disk are taken
 
 
@@ -118,7 +128,8 @@ class DataSet:
 
     def split_validation(self, fraction: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
         """The training images without the validation images, and the validation images: `fraction`
-        of each class and at least one, chosen by `seed` and the index of each image alone.
+        of each class and at least one, chosen by `seed` and the index of each image alone; at most
+        `VALIDATION` in all, in the same shares.
 
         Raises `DataError` for a class of one image.
         """
@@ -126,16 +137,25 @@ class DataSet:
             raise UsageError(f"expected a validation fraction between 0 and 1, got {fraction}")
         labels, indices = self.train.labels.cpu(), self.train.indices.cpu()
         drawn = Noise(seed, indices).bits(1)[:, 0]
+        order = drawn.argsort(stable=True)
+        order = order[labels[order].argsort(stable=True)]  # class by class, as drawn
+        ordered = labels[order]
+        size = labels.bincount(minlength=self.num_classes)
+        rank = torch.arange(len(labels)) - torch.searchsorted(ordered, ordered)
+        if few := (size == 1).nonzero()[:, 0].tolist():
+            raise DataError(
+                f"expected at least 2 training images of {self.class_names[few[0]]!r}, one of "
+                f"them for validation, got 1; add images or remove the class"
+            )
+        # In doubles and to even, as Python's round.
+        count = (fraction * size.double()).round().long().clamp(min=1)
+        count = torch.minimum(count, (size - 1).clamp_min(0))
+        first = (rank < count[ordered]).nonzero()[:, 0]
+        if len(first) > VALIDATION:  # the first of every class come first, then by their share
+            share = rank[first].double() / size[ordered[first]]
+            first = first[share.argsort(stable=True)[:VALIDATION]]
         chosen = torch.zeros(len(labels), dtype=torch.bool)
-        for label in sorted(set(labels.tolist())):
-            members = (labels == label).nonzero()[:, 0]
-            if len(members) < 2:
-                raise DataError(
-                    f"expected at least 2 training images of {self.class_names[label]!r}, one of "
-                    f"them for validation, got {len(members)}; add images or remove the class"
-                )
-            count = min(max(1, round(fraction * len(members))), len(members) - 1)
-            chosen[members[drawn[members].argsort(stable=True)[:count]]] = True
+        chosen[order[first]] = True
         device = self.train.labels.device
         rest, validation = (mask.nonzero()[:, 0].to(device) for mask in (~chosen, chosen))
         return self.train.subset(rest), self.train.subset(validation)
@@ -158,6 +178,8 @@ def load(name_or_path: str | Path = "digits", *, image_size: int | None = None) 
         return _build(read_cifar(name), name, image_size)
     if path.is_dir():
         return _build(read_folder(path), str(path.resolve()), image_size)
+    if name.endswith(".tar") and "://" not in name:
+        return _build(read_shards(name), str(Path.cwd() / path), image_size)
     if path.exists():
         raise DataError(
             f"expected a folder with train/ and test/, got the file {path}; name its folder"
@@ -251,7 +273,7 @@ def _build(
         std=std,
         threat=threat or default_threat(in_chans, side),
         policy=_default_policy(in_chans, side),
-        fingerprint=_fingerprint(read.class_names, train, test),
+        fingerprint=_fingerprint(read.class_names, train, test, identity=read.identity),
     )
 
 
@@ -284,16 +306,19 @@ def _decoded(read: Source, image_size: int | None) -> tuple[Split, Split]:
     if isinstance(train, Tensor) and isinstance(test, Tensor):
         side = image_size or train.shape[2]
         return Split(_at_size(train, side), train_labels), Split(_at_size(test, side), test_labels)
-    parts = [[image for image in part if isinstance(image, Encoded)] for part in (train, test)]
-    is_grey, side = survey([*parts[0], *parts[1]])
+    encoded = [
+        (Reordered(part, order), labels[order])
+        for part, labels in (read.train, read.test)
+        for order in [_fair_order(labels)]
+        if not isinstance(part, Tensor)
+    ]
+    is_grey, side = survey([images for images, _ in encoded])
     channels, side = 1 if is_grey else 3, image_size or side
     fits = (len(train) + len(test)) * channels * side * side <= IN_MEMORY
     splits = []
-    for encoded, labels in zip(parts, (train_labels, test_labels), strict=True):
-        order = _fair_order(labels)
-        images = EncodedImages([encoded[place] for place in order.tolist()], channels, side)
-        store = decode(images.encoded, channels, side) if fits else images
-        splits.append(Split(store, labels[order]))
+    for images, labels in encoded:
+        lazy = EncodedImages(images, channels, side)
+        splits.append(Split(decode(images, channels, side) if fits else lazy, labels))
     return splits[0], splits[1]
 
 
@@ -336,7 +361,7 @@ def _statistics(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(means), tuple(stds)
 
 
-def _fingerprint(class_names: Sequence[str], *splits: Split) -> str:
+def _fingerprint(class_names: Sequence[str], *splits: Split, identity: Sequence[str] = ()) -> str:
     digest = hashlib.sha256(json.dumps(class_names).encode())
     for split in splits:
         store = split.store
@@ -346,6 +371,8 @@ def _fingerprint(class_names: Sequence[str], *splits: Split) -> str:
             store = store.images
         if isinstance(store, Tensor):
             digest.update(store.contiguous().numpy().data)
+        elif identity:
+            digest.update("\0".join(identity).encode())
         else:
             for image in store.encoded:
                 digest.update(f"{image.name}\0{image.size_in_bytes()}\0".encode())

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from robustify.errors import DataError
 
 _CHUNK = 128  # images per thread and turn: enough to make a turn cheap, few enough to stop quickly
+SURVEYED = 1 << 16  # headers that are read before decoding; all of CIFAR's
 _GREY_MODES = {"1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L"}
 _FORMATS = {b"\x89PNG": ("PNG",), b"RIFF": ("WEBP",)}  # by their first four bytes
 _Result = TypeVar("_Result")
@@ -49,9 +50,31 @@ class Encoded:
         return self.content.stat().st_size
 
 
+Part = tuple[Tensor | Sequence[Encoded], Tensor]
+
+
+class Reordered(Sequence[Encoded]):
+    """`images` in another order, or some of them: fetched where they are when they are asked for.
+
+    `order`: (N,) int64, the place of each in `images`.
+    """
+
+    def __init__(self, images: Sequence[Encoded], order: Tensor) -> None:
+        self.images, self.order = images, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: Any) -> Any:
+        """The image at `position`, or, for a slice, a view of those."""
+        if isinstance(position, slice):
+            return Reordered(self.images, self.order[position])
+        return self.images[int(self.order[position])]
+
+
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images decoded each time they are asked for: for sets that do not fit into memory.
+    """Images fetched and decoded each time they are asked for: for sets larger than memory.
 
     Indexed like a uint8 tensor of `shape` (N, C, H, W), by a tensor of positions.
     """
@@ -68,8 +91,20 @@ class EncodedImages:
         return len(self.encoded)
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        chosen = [self.encoded[position] for position in positions.tolist()]
-        return decode(chosen, self.channels, self.image_size)
+        return decode(Reordered(self.encoded, positions), self.channels, self.image_size)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as read: per split its images, as a uint8 tensor (N, C, H, W) or still encoded,
+    and its labels, (N,) int64. `identity` tells it from other sets where its pixels are not read:
+    names and sizes of its files; without it, those of every single image."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Part
+    test: Part
+    identity: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,10 +133,20 @@ def resize(images: Tensor, image_size: int) -> Tensor:
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def survey(encoded: Sequence[Encoded]) -> tuple[bool, int]:
+def survey(parts: Sequence[Sequence[Encoded]]) -> tuple[bool, int]:
     """Whether all images are grey, and the side of the square to bring them to: their common
-    shorter side where they agree, else the median rounded to a multiple of 8; at most 224."""
-    headers = _in_threads(lambda image: _header(image), encoded, "reading image headers")
+    shorter side where they agree, else the median rounded to a multiple of 8; at most 224.
+
+    Of a part of more than `SURVEYED` images that many speak for all, evenly spaced, so that every
+    class and every folder has its share: one header each of a million files takes minutes, and a
+    median does not need them.
+    """
+    headers: list[tuple[int, bool]] = []
+    for part in parts:
+        if len(part) > SURVEYED:
+            places = torch.linspace(0, len(part) - 1, SURVEYED, dtype=torch.float64).long()
+            part = Reordered(part, places)
+        headers += _in_threads(_header, part, "reading image headers")
     sides = sorted(side for side, _ in headers)
     side = sides[len(sides) // 2]
     if sides[0] != sides[-1]:
@@ -170,14 +215,17 @@ def _header(encoded: Encoded) -> tuple[int, bool]:
 def _in_threads(work: Callable[[Any], _Result], items: Sequence[Any], doing: str) -> list[_Result]:
     """`work` on each item, in order; Pillow decodes outside Python's lock."""
 
-    def work_chunk(start: int) -> list[_Result]:
-        return [work(item) for item in items[start : start + _CHUNK]]
+    threads = min(16, os.cpu_count() or 1)
+    size = min(_CHUNK, max(8, -(-len(items) // threads)))  # a training batch is shared out as well
 
-    starts = range(0, len(items), _CHUNK)
-    if len(starts) < 2:
+    def work_chunk(start: int) -> list[_Result]:
+        return [work(item) for item in items[start : start + size]]
+
+    starts = range(0, len(items), size)
+    if len(starts) < 2 or threads < 2:
         return [work(item) for item in items]
     results: list[_Result] = []
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         # Shown to people only, and only where they would otherwise wait in silence.
         bar = tqdm(total=len(items), desc=doing, unit="image", delay=2, leave=False, disable=None)
         with bar:

@@ -1,58 +1,58 @@
-"""Where data sets come from: class folders, parquet clones, the Hub, torchvision.
+"""Where data sets come from: class folders, parquet clones, tar shards, the Hub, torchvision.
 
-Each reader lists images and labels and decodes nothing that it does not have to.
+Each reader lists images and labels, and neither decodes nor loads what it does not have to.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
 from robustify import remote
 from robustify.errors import DataError
-from robustify.images import Encoded
+from robustify.images import Encoded, Part, Source
+from robustify.shards import read_shards
+from robustify.tables import LAYOUT, TEST, TRAIN, first_line, read_datasets, read_parquet
 
 CIFAR = ("cifar10", "cifar100")
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-_TRAIN = ("train", "training")
-_TEST = ("test", "testing", "val", "valid", "validation")
-_LAYOUT = (
-    "train/ and test/ (or val/) with one folder per class, or parquet files train-* and test-*"
-)
-
-Part = tuple[Tensor | list[Encoded], Tensor]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set as read: per split its images, as a uint8 tensor (N, C, H, W) or still encoded,
-    and its labels, (N,) int64."""
+class Files(Sequence[Encoded]):
+    """Image files by their paths below `folder`: a million path objects would take a gigabyte."""
 
-    name: str
-    class_names: tuple[str, ...]
-    train: Part
-    test: Part
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder, self.names = folder, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, position: Any) -> Any:
+        """The image at `position`, or the files of a slice."""
+        if isinstance(position, slice):
+            return Files(self.folder, self.names[position])
+        path = self.folder / self.names[position]
+        return Encoded(str(path), path)
 
 
 def read_folder(path: Path) -> Source:
-    """Class folders, a clone of a Hub data set, or anything that `datasets` can read."""
-    train, test = (_subfolder(path, names) for names in (_TRAIN, _TEST))
+    """Class folders, a clone of a Hub data set, or WebDataset shards."""
+    train, test = (_subfolder(path, names) for names in (TRAIN, TEST))
     if train and test and any(child.is_dir() for child in train.iterdir()):
         return _read_class_folders(path.resolve().name, train, test)
     if any(path.rglob("*.parquet")):
-        return _read_parquet(path, path.resolve().name)
+        return read_parquet(path, path.resolve().name)
+    if any(path.rglob("*.tar")):
+        return read_shards(str(path))
     present = sorted(child.name for child in path.iterdir() if not child.name.startswith("."))
     shown = ", ".join(present[:6]) + (", …" if len(present) > 6 else "")
-    raise DataError(f"expected in {path} {_LAYOUT}; it holds {shown or 'nothing'}")
+    raise DataError(f"expected in {path} {LAYOUT}; it holds {shown or 'nothing'}")
 
 
 def read_hub(identifier: str) -> Source:
@@ -63,7 +63,7 @@ def read_hub(identifier: str) -> Source:
     try:
         import datasets
     except ImportError:
-        return _read_parquet(_download(repo, revision or None, found_on_hub), repo)
+        return read_parquet(_download(repo, revision or None, found_on_hub), repo)
     silence = found_on_hub and found_on_hub.silence
     cached = Path(datasets.config.HF_DATASETS_CACHE) / repo.replace("/", "___")
     if silence and not cached.exists():  # `datasets` itself would try for half a minute
@@ -72,7 +72,7 @@ def read_hub(identifier: str) -> Source:
         found = datasets.load_dataset(repo, revision=revision or None)
     except Exception as error:  # of several libraries: network, repository, configuration, format
         raise _unreachable(repo, error) from error
-    return _read_datasets(found, repo)
+    return read_datasets(found, repo)
 
 
 def read_cifar(name: str) -> Source:
@@ -92,7 +92,7 @@ def read_cifar(name: str) -> Source:
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"expected {name} in {root}, and it could not be downloaded "
-            f"({_first_line(error)}); put torchvision's {name} files there, set ROBUSTIFY_DATA "
+            f"({first_line(error)}); put torchvision's {name} files there, set ROBUSTIFY_DATA "
             "to the folder that has them, or name a clone of the Hub data set with --data"
         ) from error
     parts = [
@@ -115,20 +115,22 @@ def _read_class_folders(name: str, train: Path, test: Path) -> Source:
             f"expected the same class folders in {train} and {test}, and only one of them has "
             f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}; add or remove them"
         )
-    parts = []
+    parts: list[Part] = []
     for folder in (train, test):
-        images: list[Encoded] = []
+        names: list[str] = []
         labels: list[int] = []
-        for label, class_name in enumerate(class_names):
-            files = _image_files(folder / class_name)
+        bar = tqdm(class_names, f"listing {folder.name}", unit="class", delay=2, leave=False,
+                   disable=None)  # fmt: skip
+        for label, class_name in enumerate(bar):
+            files = sorted(_image_files(folder / class_name), key=lambda name: name.split(os.sep))
             if not files:
                 raise DataError(
                     f"expected images in {folder / class_name}, found none "
                     f"({', '.join(sorted(_EXTENSIONS))}); add some or remove the folder"
                 )
-            images += [Encoded(str(file), file) for file in files]
+            names += [os.path.join(class_name, file) for file in files]
             labels += [label] * len(files)
-        parts.append((images, torch.tensor(labels)))
+        parts.append((Files(folder, names), torch.tensor(labels)))
     return Source(name, tuple(class_names), parts[0], parts[1])
 
 
@@ -138,155 +140,18 @@ def _class_folders(folder: Path) -> list[str]:
     )
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in _EXTENSIONS and file.name[0] != "." and file.is_file()
-    )
-
-
-def _read_parquet(path: Path, name: str) -> Source:
-    """The parquet files of a Hub data set: `train-*`, `test-*` in one folder. Read without the
-    `datasets` package, which would first write a second copy of them into its cache."""
-    try:
-        from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        raise DataError(
-            f"expected the extra `hub` (pyarrow or datasets) to read the parquet files in {path}; "
-            "install it with: pip install 'robustify-classifiers[hub]'"
-        ) from None
-    parts: list[Part] = []
-    class_names: tuple[str, ...] = ()
-    for names in (_TRAIN, _TEST):
-        files = _parquet_files(path, names)
-        schema = parquet.read_schema(files[0])
-        stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = stored.get("info", {}).get("features") or _plain_features(schema)
-        image_column, label_column = _columns(features, path)
-        images: list[Encoded] = []
-        labels: list[int] = []
-        for file in files:
-            table = _read_table(parquet, file, [image_column, label_column])
-            images += _encoded(table[image_column].to_pylist(), file)
-            labels += [-1 if x is None else x for x in table[label_column].to_pylist()]
-        parts.append((images, torch.tensor(labels, dtype=torch.int64)))
-        class_names = class_names or _class_names(features[label_column], labels)
-    return Source(name, class_names, parts[0], parts[1])
-
-
-def _parquet_files(path: Path, names: Sequence[str]) -> list[Path]:
-    """The shards of the first split of `names` that there is, in order."""
-    for name in names:
-        pattern = re.compile(rf"{name}(-.*)?\.parquet")
-        files = sorted(file for file in path.rglob("*.parquet") if pattern.fullmatch(file.name))
-        folders = sorted({str(file.parent) for file in files})
-        if len(folders) > 1:
-            raise DataError(
-                f"expected one configuration of the data set in {path}, found {len(folders)} "
-                f"({', '.join(folders[:3])}); name the folder of one"
-            )
-        if files:
-            return files
-    raise DataError(f"expected in {path} {_LAYOUT}; found no parquet file {' or '.join(names)}-*")
-
-
-def _read_table(parquet: Any, file: Path, columns: list[str]) -> Any:
-    try:
-        return parquet.read_table(file, columns=columns)
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's own errors derive from these
-        raise DataError(
-            f"expected a readable parquet file in {file} ({_first_line(error)}); fetch it again"
-        ) from error
-
-
-def _encoded(values: list[Any], file: Path) -> list[Encoded]:
-    """Images as the Hub stores them: bytes, or the path of a file beside the parquet file."""
-    images = []
-    for row, value in enumerate(values):
-        content, original = (value or {}).get("bytes"), (value or {}).get("path") or ""
-        name = f"{file}, row {row}" + (f" ({original})" if original else "")
-        images.append(Encoded(name, _beside(file, original) if content is None else content))
-    return images
-
-
-def _beside(file: Path, original: str) -> Path:
-    """A path that a parquet file names, which must not lead out of the file's folder."""
-    path = (file.parent / original).resolve()
-    if not original or not path.is_relative_to(file.parent.resolve()):
-        raise DataError(
-            f"expected images inside {file.parent}, but {file} names {original!r}; the data set is "
-            "damaged or not to be trusted"
-        )
-    return path
-
-
-def _read_datasets(found: Any, name: str) -> Source:
-    """A `datasets.DatasetDict`, its images left encoded."""
-    import datasets
-
-    parts: list[Part] = []
-    class_names: tuple[str, ...] = ()
-    for names in (_TRAIN, _TEST):
-        split = next((found[split] for split in names if split in found), None)
-        if split is None:
-            raise DataError(
-                f"expected a split {' or '.join(names)} in {name}, got {', '.join(found)}; "
-                "save the data set as folders or parquet files with both splits"
-            )
-        features = {
-            column: {"_type": type(feature).__name__, "names": getattr(feature, "names", None)}
-            for column, feature in split.features.items()
-        }
-        image_column, label_column = _columns(features, name)
-        split = split.cast_column(image_column, datasets.Image(decode=False))
-        labels = [-1 if label is None else label for label in split[label_column]]
-        images = _encoded(list(split[image_column]), Path(name))
-        parts.append((images, torch.tensor(labels, dtype=torch.int64)))
-        class_names = class_names or _class_names(features[label_column], labels)
-    return Source(name, class_names, parts[0], parts[1])
-
-
-def _columns(features: dict[str, Any], where: Path | str) -> tuple[str, str]:
-    """The image column and the label column, by their feature types."""
-    return (
-        _column(features, "Image", ("image", "img"), where),
-        _column(features, "ClassLabel", ("label", "labels", "fine_label"), where),
-    )
-
-
-def _column(
-    features: dict[str, Any], kind: str, preferred: Sequence[str], where: Path | str
-) -> str:
-    found = [column for column, feature in features.items() if feature.get("_type") == kind]
-    chosen = next((column for column in preferred if column in found), None)
-    if chosen is None and len(found) == 1:
-        chosen = found[0]
-    if chosen is None:
-        got = ", ".join(found or features)
-        raise DataError(
-            f"expected one column of type {kind} in {where}, got {got}; "
-            f"keep one, or call the right one {preferred[0]!r}"
-        )
-    return chosen
-
-
-def _plain_features(schema: Any) -> dict[str, Any]:
-    """Feature types by storage type, for parquet files that do not carry the Hub's schema."""
-    kinds = {}
-    for field in schema:
-        stored = str(field.type)
-        if stored.startswith("struct<bytes: binary"):
-            kinds[field.name] = {"_type": "Image"}
-        elif stored.startswith("int") and "label" in field.name:
-            kinds[field.name] = {"_type": "ClassLabel"}
-        else:
-            kinds[field.name] = {"_type": stored}
-    return kinds
-
-
-def _class_names(feature: dict[str, Any], labels: Sequence[int]) -> tuple[str, ...]:
-    return tuple(feature.get("names") or map(str, range(max(labels, default=-1) + 1)))
+def _image_files(folder: Path, below: str = "") -> Iterator[str]:
+    """The images in `folder` and its folders, by their paths in it. A listing says what is a file;
+    asking for each path again takes a minute for a million."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = os.path.join(below, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                yield from _image_files(Path(entry.path), name)
+                continue
+            is_image = os.path.splitext(name)[1].lower() in _EXTENSIONS
+            if is_image and entry.name[0] != "." and entry.is_file():
+                yield name
 
 
 def _download(repo: str, revision: str | None, found: remote.Repository | None) -> Path:
@@ -312,11 +177,3 @@ def _unreachable(repo: str, error: Exception) -> DataError:
         f"expected a folder {repo}, or that data set on the Hub or in its cache "
         f"({remote.refusal(f'get {repo}', error)}); check the name, the network and the token"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(_lines(str(error)), type(error).__name__)
-
-
-def _lines(text: str) -> Iterator[str]:
-    return (line.strip().rstrip(".") for line in text.splitlines() if line.strip())

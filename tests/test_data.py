@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from robustify import data, images, sources
+from robustify import data, images, sources, tables
 from robustify.data import Split, augment, default_threat, load, to_float
 from robustify.errors import DataError, UsageError
 from robustify.noise import Noise
@@ -128,6 +129,26 @@ def test_validation_needs_two_images_of_a_class(tmp_path):
         load(tmp_path).split_validation()
     with pytest.raises(UsageError, match="between 0 and 1"):
         load().split_validation(1.0)
+
+
+def test_validation_is_capped_and_stays_balanced(monkeypatch):
+    digits = load()
+    uncapped = digits.split_validation(0.2)[1]
+    monkeypatch.setattr(data, "VALIDATION", len(uncapped))
+    assert torch.equal(digits.split_validation(0.2)[1].indices, uncapped.indices)
+    monkeypatch.setattr(data, "VALIDATION", 55)
+    rest, validation = digits.split_validation(0.2)
+    assert (len(rest), len(validation)) == (1437 - 55, 55)
+    counts = validation.labels.bincount(minlength=10)
+    assert counts.min() == 5
+    assert counts.max() == 6
+    assert set(validation.indices.tolist()) < set(uncapped.indices.tolist())
+    monkeypatch.setattr(data, "VALIDATION", 10)
+    assert (digits.split_validation()[1].labels.bincount() == 1).all()
+
+
+def test_a_tenth_of_cifar_is_exactly_the_cap():
+    assert data.VALIDATION == 50_000 // 10
 
 
 def test_to_float_is_in_the_unit_range_and_leaves_floats():
@@ -356,9 +377,25 @@ def test_fingerprint_follows_pixels_labels_and_class_names(tmp_path):
 
 
 def test_decoding_in_threads_keeps_the_order(tmp_path):
-    encoded = [sources.Encoded(str(n), png(n % 256)) for n in range(700)]
+    encoded = [images.Encoded(str(n), png(n % 256)) for n in range(700)]
     assert torch.equal(images.decode(encoded, 1, 4)[:, 0, 0, 0].int(), torch.arange(700) % 256)
-    assert images.survey(encoded) == (True, 4)
+    assert images.survey([encoded]) == (True, 4)
+
+
+def test_of_very_many_images_evenly_spaced_headers_speak_for_all(monkeypatch):
+    opened = []
+
+    class Counted(images.Encoded):
+        def open(self):
+            opened.append(self.name)
+            return super().open()
+
+    many = [Counted(str(n), png(0, size=(8, 8 if n % 2 else 6))) for n in range(101)]
+    few = [Counted("few", png(0, size=(40, 40), mode="RGB"))]
+    monkeypatch.setattr(images, "SURVEYED", 11)
+    assert images.survey([many, few]) == (False, 8)
+    assert sorted(map(int, opened[:-1])) == list(range(0, 101, 10))
+    assert opened[-1] == "few"
 
 
 def png(value, size=(4, 4), mode="L"):
@@ -501,6 +538,70 @@ def test_images_beside_the_parquet_file(tmp_path):
     assert load(tmp_path).test.images.flatten()[0] == 77
 
 
+@pytest.fixture
+def mapped(tmp_path, monkeypatch):
+    """Parquet clones are larger than memory's share; Arrow files go to a folder of their own."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+    monkeypatch.setattr(tables, "LOADED", 1000)
+    datasets.disable_progress_bars()
+    return tmp_path / "clone"
+
+
+@pytest.mark.parametrize(
+    ("features", "columns"), [(FEATURES, ("image", "kind")), (None, ("picture", "label"))]
+)
+def test_a_clone_larger_than_memory_is_mapped(mapped, monkeypatch, features, columns):
+    write_clone(mapped, features=features, columns=columns)
+    check_clone(load(mapped))
+    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    found = load(mapped)
+    assert isinstance(found.train.store, images.EncodedImages)
+    assert isinstance(found.train.store.encoded.images, tables.Rows)
+    check_clone(found)
+    assert found.class_names == (("cat", "dog") if features else ("0", "1"))
+    test = mapped / "data" / "test-00000-of-00001.parquet"
+    write_parquet(test, [(png(1), 0)], features, columns)
+    assert load(mapped).fingerprint != found.fingerprint
+
+
+def test_a_mapped_clone_without_datasets(mapped, monkeypatch):
+    write_clone(mapped)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"extra `hub` \(datasets\).*larger than 0 MiB; install"):
+        load(mapped)
+
+
+def test_a_damaged_file_of_a_mapped_clone(mapped):
+    write_clone(mapped)
+    path = mapped / "data" / "train-00001-of-00002.parquet"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"expected to make Arrow files of .*clone in .*fetch"):
+        load(mapped)
+
+
+def test_rows_of_a_large_clone_stay_on_disk(tmp_path):
+    """64 MB of images in Arrow: what is kept in memory is a part of it."""
+    pytest.importorskip("datasets")
+    noise = np.random.default_rng(0).bytes(1 << 20)  # bytes after a PNG's end are ignored
+    for split, count in (("train", 60), ("test", 4)):
+        rows = [(png(n, size=(6, 6)) + noise, n % 2) for n in range(count)]
+        write_parquet(tmp_path / "clone" / f"{split}-00000-of-00001.parquet", rows)
+    code = (
+        "import re; from robustify import data, tables; data.IN_MEMORY = tables.LOADED = 0;"
+        "kept = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]);"
+        f"data.load({str(tmp_path / 'clone')!r}); before = kept();"  # Arrow files are there now
+        f"b = data.load({str(tmp_path / 'clone')!r});"
+        "[b.train.__getitems__(range(n, n + 4)) for n in range(0, 60, 4)]; print(kept() - before)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) < 32_000
+
+
 def test_without_datasets(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     check_clone(load(write_clone(tmp_path)))
@@ -593,7 +694,7 @@ def test_fine_labels_are_preferred():
         "coarse_label": {"_type": "ClassLabel"},
         "fine_label": {"_type": "ClassLabel"},
     }
-    assert sources._columns(features, "cifar100") == ("img", "fine_label")
+    assert tables.columns(features, "cifar100") == ("img", "fine_label")
 
 
 def test_a_parquet_file_cut_short(tmp_path):
