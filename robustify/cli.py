@@ -70,7 +70,9 @@ norm_option = click.option(
 )
 eps_option = click.option("--eps", type=Eps(), help="8/255 or 0.03. Default: the data set's.")
 data_option = click.option(
-    "--data", help="A name (digits, cifar10), a folder, or a Hub dataset. Default: digits."
+    "--data",
+    help="A name (digits, cifar10), a folder, shards ('{train,test}-*.tar'), a Hub dataset, or a "
+    "stream of one (hfids:user/name, wds:URL). Default: digits.",
 )
 limit_option = click.option(
     "--limit", type=click.IntRange(min=1), help="Evaluate on the first N test images."

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +30,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
 
 from robustify.errors import DataError, UsageError, suggest
 from robustify.images import EncodedImages, Reordered, ResizedImages, Source, decode, resize, survey
 from robustify.noise import Noise
+from robustify.readers import is_stream, read_stream
 from robustify.shards import read_shards
 from robustify.sources import CIFAR, read_cifar, read_folder, read_hub
+from robustify.splits import Images, Split
+from robustify.streams import Stream
 from robustify.threat import ThreatModel
 
+log = logging.getLogger(__name__)
+
 Policy = Literal["none", "crop", "crop-flip"]
-Images = Tensor | EncodedImages | ResizedImages
 
 # An ordinarily trained ResNet-18 (98.6 % clean, seed 0) keeps 33.9 % of the 360 test digits under
 # PGD-40 at eps 0.1, 3.1 % at 0.15 and none at 0.2: 0.15 is where it becomes nearly defenceless.
@@ -48,55 +52,6 @@ DIGITS_TEST = 360  # the last images; the order goes by writer, so their hands a
 IN_MEMORY = 4 << 30  # bytes of decoded images; what is larger is decoded batch by batch
 VALIDATION = 5000  # validation images at most, a tenth of CIFAR-10; all are attacked every epoch
 _SAMPLE = 2048  # images from which the mean and std of a set on disk are taken
-
-
-class Split(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Images with their labels and indices; a map-style data set that is fetched by the batch.
-
-    `store`: uint8 images, a tensor or something indexed like one. `labels`: (N,) int64. `indices`:
-    (N,) int64, which images of `store` these are; a subset keeps them, so they can key an image's
-    random numbers.
-
-    A `DataLoader` asks `__getitems__` for whole batches: give it `collate_fn=lambda batch: batch`.
-    """
-
-    def __init__(self, store: Images, labels: Tensor, indices: Tensor | None = None) -> None:
-        self.store, self.labels = store, labels
-        self.indices = torch.arange(len(labels)) if indices is None else indices
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def images(self) -> Tensor:
-        """All images, (N, C, H, W) uint8: a copy, decoded now where they are not in memory."""
-        return self.store[self.indices]
-
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """image (C, H, W) uint8, label () int64, index () int64."""
-        images, labels, indices = self.__getitems__([position])
-        return images[0], labels[0], indices[0]
-
-    def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """images (B, C, H, W) uint8, labels (B,) int64, indices (B,) int64."""
-        chosen = torch.as_tensor(positions, dtype=torch.int64, device=self.labels.device)
-        indices = self.indices[chosen]
-        return self.store[indices], self.labels[chosen], indices
-
-    def subset(self, positions: Tensor) -> Split:
-        """The images at `positions`, with the indices they had; pixels are shared, not copied."""
-        return Split(self.store, self.labels[positions], self.indices[positions])
-
-    def take(self, count: int) -> Split:
-        """The first `count` images, or all where there are fewer. The order on loading makes them
-        a fair sample of the classes."""
-        return self.subset(torch.arange(min(count, len(self)), device=self.labels.device))
-
-    def to(self, device: torch.device | str) -> Split:
-        """The same on `device`; images that are decoded batch by batch stay where they are."""
-        if not isinstance(self.store, Tensor):
-            return self
-        return Split(self.store.to(device), self.labels.to(device), self.indices.to(device))
 
 
 @dataclass(frozen=True)
@@ -112,8 +67,8 @@ class DataSet:
     name: str
     source: str
     class_names: tuple[str, ...]
-    train: Split
-    test: Split
+    train: Split | Stream
+    test: Split | Stream
     in_chans: int
     image_size: int
     mean: tuple[float, ...]
@@ -126,15 +81,28 @@ class DataSet:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def split_validation(self, fraction: float = 0.1, seed: int = 0) -> tuple[Split, Split]:
+    def split_validation(
+        self, fraction: float = 0.1, seed: int = 0
+    ) -> tuple[Split | Stream, Split]:
         """The training images without the validation images, and the validation images: `fraction`
         of each class and at least one, chosen by `seed` and the index of each image alone; at most
-        `VALIDATION` in all, in the same shares.
+        `VALIDATION` in all, in the same shares. Of a stream they are its first images in turn from
+        every shard.
 
         Raises `DataError` for a class of one image.
         """
         if not 0 < fraction < 1:
             raise UsageError(f"expected a validation fraction between 0 and 1, got {fraction}")
+        if isinstance(self.train, Stream):
+            streamed, held = self.train.split_validation(fraction, VALIDATION)
+            classes = int((held.labels.bincount() > 0).sum())
+            if 2 * classes < min(self.num_classes, len(held)):
+                log.warning(
+                    "the %d validation images are of %d of %d classes only: the shards of %s are "
+                    "sorted by class, and neither selection nor shuffling is fair; read it without "
+                    "streaming", len(held), classes, self.num_classes, self.name,
+                )  # fmt: skip
+            return streamed, held
         labels, indices = self.train.labels.cpu(), self.train.indices.cpu()
         drawn = Noise(seed, indices).bits(1)[:, 0]
         order = drawn.argsort(stable=True)
@@ -174,6 +142,8 @@ def load(name_or_path: str | Path = "digits", *, image_size: int | None = None) 
     if name == "digits":
         return _digits(image_size)
     path = Path(name).expanduser()
+    if is_stream(name):
+        return _streamed(name, image_size)
     if name in CIFAR:
         return _build(read_cifar(name), name, image_size)
     if path.is_dir():
@@ -260,7 +230,7 @@ def _build(
         _check_labels(labels, read.class_names, f"{which} images of {source}")
     train, test = _decoded(read, image_size)
     in_chans, side = train.store.shape[1], train.store.shape[2]
-    mean, std = _statistics(train)
+    mean, std = _statistics(_sample(train))
     return DataSet(
         name=read.name,
         source=source,
@@ -277,6 +247,33 @@ def _build(
     )
 
 
+def _streamed(name: str, image_size: int | None) -> DataSet:
+    """Describe a stream by its first training images."""
+    read = read_stream(name)
+    _require_classes(read.class_names, read.source)
+    heads = read.train.first(min(_SAMPLE, read.train.count), list)
+    sample = [image for head in heads for image, _, _ in head]
+    is_grey, side = survey([sample])
+    channels, side = 1 if is_grey else 3, image_size or side
+    train, test = (Stream(origin, channels, side) for origin in (read.train, read.test))
+    mean, std = _statistics(decode(sample, channels, side))
+    digest = hashlib.sha256(json.dumps([read.class_names, read.identity, channels, side]).encode())
+    return DataSet(
+        name=read.name,
+        source=read.source,
+        class_names=read.class_names,
+        train=train,
+        test=test,
+        in_chans=channels,
+        image_size=side,
+        mean=mean,
+        std=std,
+        threat=default_threat(channels, side),
+        policy=_default_policy(channels, side),
+        fingerprint=digest.hexdigest(),
+    )
+
+
 def _default_policy(in_chans: int, image_size: int) -> Policy:
     """Grey images are often signs, which mirroring changes. Below 16 pixels the smallest move, of
     one pixel, is as wide as a pen stroke, and slows robust training down."""
@@ -285,11 +282,15 @@ def _default_policy(in_chans: int, image_size: int) -> Policy:
     return "crop-flip" if in_chans == 3 else "crop"
 
 
-def _check_labels(labels: Tensor, class_names: Sequence[str], what: str) -> None:
+def _require_classes(class_names: Sequence[str], what: str) -> None:
     if len(class_names) < 2:
         raise DataError(
             f"expected at least 2 classes in the {what}, got {len(class_names)}; add another class"
         )
+
+
+def _check_labels(labels: Tensor, class_names: Sequence[str], what: str) -> None:
+    _require_classes(class_names, what)
     if not len(labels):
         raise DataError(f"expected {what}, got none; check the data set")
     low, high = int(labels.min()), int(labels.max())
@@ -340,14 +341,18 @@ def _at_size(images: Tensor, side: int) -> Images:
     return torch.cat([resize(part, side) for part in torch.split(images, 1024)])
 
 
-def _statistics(train: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _sample(train: Split) -> Tensor:
+    """The training images that speak for all: those in memory, or some of those on disk."""
+    if isinstance(train.store, Tensor):
+        return train.store
+    return train.store[torch.linspace(0, len(train) - 1, min(_SAMPLE, len(train))).long()]
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std per channel in [0, 1]; exact, from counts of the 256 levels."""
-    store = train.store
-    if not isinstance(store, Tensor):
-        store = store[torch.linspace(0, len(train) - 1, min(_SAMPLE, len(train))).long()]
     levels = torch.linspace(0, 1, 256, dtype=torch.float64)
     means, stds = [], []
-    for channel in store.unbind(1):
+    for channel in images.unbind(1):
         count = torch.zeros(256, dtype=torch.int64)
         for part in torch.split(
             channel, 4096
@@ -373,7 +378,7 @@ def _fingerprint(class_names: Sequence[str], *splits: Split, identity: Sequence[
             digest.update(store.contiguous().numpy().data)
         elif identity:
             digest.update("\0".join(identity).encode())
-        else:
+        elif isinstance(store, EncodedImages):
             for image in store.encoded:
                 digest.update(f"{image.name}\0{image.size_in_bytes()}\0".encode())
     return digest.hexdigest()

@@ -34,7 +34,8 @@ from robustify.harden import Job, new_accelerator, new_stage, objectives, sized
 from robustify.objective import Objective, evaluating
 from robustify.purifier import Purified, Purifier
 from robustify.settings import Training
-from robustify.train import Fetched, Stage
+from robustify.splits import Fetched
+from robustify.train import Stage
 
 COUNTED = (1 / 8, 3 / 8, 5 / 8, 7 / 8)  # of all epochs: where a step is counted; methods change
 
@@ -138,9 +139,7 @@ def stages(job: Job) -> Iterator[Stage]:
 
 def first_batch(stage: Stage) -> Fetched:
     """The first training images: those that `_passes` shows the objective before."""
-    images, labels, indices = stage.train.__getitems__(
-        range(min(stage.settings.batch_size, len(stage.train)))
-    )
+    images, labels, indices = next(iter(stage.train.batches(stage.settings.batch_size)))
     device = stage.accelerator.device
     return images.to(device), labels.to(device), indices.to(device)
 

@@ -54,7 +54,7 @@ def assess(
     `out` cannot be written.
     """
     device = next(model.parameters()).device
-    test = dataset.test if limit is None else dataset.test.take(limit)
+    test = dataset.test.take(len(dataset.test) if limit is None else limit)
     images, labels, _ = test.__getitems__(range(len(test)))
     process = this_process()
     journal = None
@@ -195,7 +195,7 @@ def shown(report: Report, dataset: DataSet) -> dict[str, Any]:
     indices = torch.tensor(sorted(report.fallen), dtype=torch.int64)
     more: dict[str, Any] = {"versions": versions()}
     if len(indices):
-        images, labels, _ = dataset.test.__getitems__(indices.tolist())
+        images, labels, _ = dataset.test.take(report.n).__getitems__(indices.tolist())
         more["gallery"] = gallery(
             data.to_float(images),
             torch.stack([report.fallen[index][1] for index in indices.tolist()]),

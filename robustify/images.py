@@ -125,6 +125,26 @@ class ResizedImages:
         return resize(self.images[positions], self.image_size)
 
 
+@dataclass(frozen=True)
+class KeyedImages:
+    """A uint8 tensor (N, C, H, W) whose images are asked for by numbers of their own, `keys` (N,)
+    int64: some images of a larger set, by their indices in it."""
+
+    images: Tensor
+    keys: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.images.shape
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, keys: Tensor) -> Tensor:
+        order = self.keys.argsort()
+        return self.images[order[torch.searchsorted(self.keys[order], keys)]]
+
+
 def resize(images: Tensor, image_size: int) -> Tensor:
     """uint8 (N, C, H, W) to (N, C, image_size, image_size), bicubic with antialiasing."""
     size = (image_size, image_size)

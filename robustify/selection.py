@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from robustify.attacks.pgd import survives_pgd
-from robustify.data import Split, to_float
+from robustify.data import to_float
 from robustify.fold import constant
 from robustify.noise import Noise
+from robustify.splits import Split
 from robustify.threat import ThreatModel
 
 VALIDATION = 2  # stream of noise; those of the loop come before it

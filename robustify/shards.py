@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm
 LABELS = ("cls", "cls.txt", "json")
 FIELDS = ("label", "cls", "class", "target")  # of a sample's json, in order
 INFO = ("_info.json", "info.json")  # as timm names them
-_NAMES = ("class_map.txt", "classes.txt", "classnames.txt", "labels.txt")
+NAMES = ("class_map.txt", "classes.txt", "classnames.txt", "labels.txt")
 _LARGEST_LABEL = 1 << 20  # bytes of a member that is read for a label
 _VERSION = 1  # of the index file
 _COLUMNS = ("shard", "offset", "size", "label")
@@ -84,12 +84,12 @@ def read_shards(where: str) -> Source:
         root = Path(os.path.commonpath([file.parent for file in files])) if files else root.parent
     names_in_root = [str(file.relative_to(root)) for file in files]
     chosen = [[root / name for name in part] for part in by_split(names_in_root, where)]
-    known = class_names_in([(root / name) for name in (*INFO, *_NAMES)])
-    indexed = [_indexed([file.resolve() for file in split]) for split in chosen]
-    class_names = known or _named_by_labels(indexed[0][2])
+    known = class_names_in([(root / name) for name in (*INFO, *NAMES)])
+    found = [indexed([file.resolve() for file in split]) for split in chosen]
+    class_names = known or named_by_labels(found[0][2])
     number = {name: label for label, name in enumerate(class_names)}
     parts: list[Part] = []
-    for images, codes, texts in indexed:
+    for images, codes, texts in found:
         translated = [to_number(text, number, where) for text in texts]
         parts.append((images, torch.tensor(translated, dtype=torch.int64)[codes]))
     identity = tuple(f"{file.name} {file.stat().st_size}" for split in chosen for file in split)
@@ -155,23 +155,30 @@ def names_of_info(text: str, where: str) -> list[str]:
     return [str(number) for number in range(count)] if isinstance(count, int) else []
 
 
-def sample_of(members: Mapping[str, bytes], where: str) -> tuple[bytes, str]:
-    """The image and the label's text of one sample, by the endings of its members."""
-    image = next((data for end, data in members.items() if end.split(".")[-1] in IMAGES), None)
-    label = next((end for end in LABELS if end in members), None)
+def endings_of(members: Iterable[str], where: str, field: str = "") -> tuple[str, str]:
+    """Which members of a sample are its image and its label, by their endings; with `field` the
+    label is that field of its json. Raises `DataError` where one is missing."""
+    members = list(members)
+    image = next((ending for ending in members if ending.split(".")[-1] in IMAGES), None)
+    label = next((end for end in (("json",) if field else LABELS) if end in members), None)
     if image is None or label is None:
-        raise _incomplete(where, "an image" if image is None else "a label", list(members))
-    return image, label_of(members[label], label, where)
+        raise DataError(
+            f"expected an image and a label ({', '.join(LABELS)}) for each sample, and {where} "
+            f"lacks {'an image' if image is None else 'a label'} (it has {', '.join(members)}); "
+            "add or remove the sample"
+        )
+    return image, label
 
 
-def label_of(content: bytes, ending: str, where: str) -> str:
-    """The label's text in a member `cls`, `cls.txt` or `json`."""
+def label_of(content: bytes, ending: str, where: str, field: str = "") -> str:
+    """The label's text in a member `cls`, `cls.txt` or `json`, there in `field` or one of `FIELDS`.
+    Raises `DataError` where there is none."""
     text = content.decode("utf-8", "replace").strip()
     if ending != "json":
         return text
     try:
         fields = json.loads(text)
-        return str(next(fields[name] for name in FIELDS if name in fields))
+        return str(next(fields[name] for name in (field, *FIELDS) if name in fields))
     except (ValueError, TypeError, StopIteration):
         raise DataError(
             f"expected a field {', '.join(FIELDS)} in the json of {where}, got {text[:60]!r}; "
@@ -192,18 +199,11 @@ def to_number(text: str, number: Mapping[str, int], where: str) -> int:
         ) from None
 
 
-def _named_by_labels(texts: Sequence[str]) -> tuple[str, ...]:
+def named_by_labels(texts: Sequence[str]) -> tuple[str, ...]:
     """Classes nobody named: numbers where the labels are, else the labels in order."""
     if all(re.fullmatch(r"-?\d+", text) for text in texts):
         return tuple(map(str, range(max(map(int, texts), default=-1) + 1)))
     return tuple(sorted(texts))
-
-
-def _incomplete(where: str, lacking: str, endings: Sequence[str]) -> DataError:
-    return DataError(
-        f"expected an image and a label ({', '.join(LABELS)}) for each sample, and {where} lacks "
-        f"{lacking} (it has {', '.join(endings)}); add or remove the sample"
-    )
 
 
 @dataclass
@@ -215,8 +215,9 @@ class _Found:
     labels: list[str]
 
 
-def _indexed(files: Sequence[Path]) -> tuple[Members, Tensor, tuple[str, ...]]:
-    """The images of `files`, and their labels as places in the list of label texts."""
+def indexed(files: Sequence[Path]) -> tuple[Members, Tensor, tuple[str, ...]]:
+    """The images of `files`, and their labels as places in the list of label texts. Raises
+    `DataError` for a shard or sample that is not whole."""
     key = [_VERSION, *((str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in files)]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -256,15 +257,11 @@ def _scan(file: Path) -> _Found:
         with tarfile.open(file, "r:") as archive:
             for key, members in _samples(archive):
                 where = f"{file}, sample {key}"
-                image = next((m for e, m in members.items() if e.split(".")[-1] in IMAGES), None)
-                ending = next((end for end in LABELS if end in members), None)
-                if image is None or ending is None:
-                    lacking = "an image" if image is None else "a label"
-                    raise _incomplete(where, lacking, list(members))
+                image, ending = endings_of(members, where)
                 content = archive.extractfile(members[ending])
                 label = content.read(_LARGEST_LABEL) if content else b""
-                found.offsets.append(image.offset_data)
-                found.sizes.append(image.size)
+                found.offsets.append(members[image].offset_data)
+                found.sizes.append(members[image].size)
                 found.labels.append(label_of(label, ending, where))
             _require_end(file, archive.offset)
     except (tarfile.TarError, OSError, EOFError) as error:

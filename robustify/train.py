@@ -18,11 +18,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from robustify import memory
@@ -30,20 +29,22 @@ from robustify.attacks.pgd import keeping, repeating
 from robustify.averaging import new_average, reestimate_batchnorm
 from robustify.checkpoint import Checkpoints
 from robustify.classifier import Classifier
-from robustify.data import Split, augment, to_float
+from robustify.data import augment, to_float
 from robustify.errors import TrainingError, UsageError, suggest
 from robustify.fold import prefers_channels_last
+from robustify.loader import new_loader, remaining
 from robustify.noise import Noise
 from robustify.objective import Objective, batchnorm_updates
 from robustify.schedule import new_schedule
 from robustify.selection import Selection, copy_of, share_buffers, validate
 from robustify.settings import Training
+from robustify.splits import Fetched, Split
+from robustify.streams import Stream
 from robustify.threat import ThreatModel
 from robustify.weight_perturbation import Buffers, perturbable, perturbed
 
 log = logging.getLogger(__name__)
 
-Fetched = tuple[Tensor, Tensor, Tensor]  # uint8 images, labels, indices
 AUGMENTATION, ATTACK = 0, 1  # streams of noise
 CHECK_EVERY = (
     50  # optimizer steps between two looks at the loss on a GPU, each of which waits for it
@@ -81,7 +82,7 @@ class Stage:
     def __init__(
         self,
         objective: Objective,
-        train: Split,
+        train: Split | Stream,
         validation: Split,
         *,
         number: int,
@@ -93,7 +94,8 @@ class Stage:
         max_steps: int | None = None,
     ) -> None:
         self.objective, self.number, self.settings = objective, number, settings
-        self.train, self.validation = (_near(s, accelerator.device) for s in (train, validation))
+        self.validation = _near(validation, accelerator.device)
+        self.train = train if isinstance(train, Stream) else _near(train, accelerator.device)
         self.threat, self.seed = threat, seed
         self.policy = settings.augmentation or policy
         self.accelerator = accelerator
@@ -108,7 +110,9 @@ class Stage:
             self.layout = torch.channels_last
             objective.to(memory_format=self.layout)
         optimizer = _optimizer(objective, settings)
-        loader = DataLoader(self.train, settings.batch_size, shuffle=True, collate_fn=_as_fetched)
+        loader = new_loader(
+            self.train, settings.batch_size, seed=seed, processes=accelerator.num_processes
+        )
         self.model, self.optimizer, self.loader = accelerator.prepare(objective, optimizer, loader)
         self.schedule = new_schedule(optimizer, settings)
         self.averaged = new_average(objective.student, settings)
@@ -139,9 +143,7 @@ class Stage:
         self.objective.prepare(self._stored_batches())
 
     def _stored_batches(self) -> Iterator[tuple[Tensor, Tensor, Noise]]:
-        size = self.settings.batch_size
-        for start in range(0, len(self.train), size):
-            fetched = self.train.__getitems__(range(start, min(start + size, len(self.train))))
+        for fetched in self.train.batches(self.settings.batch_size):
             images, labels, indices = (t.to(self.accelerator.device) for t in fetched)
             images = to_float(images).contiguous(memory_format=self.layout)
             yield images, labels, Noise(self.seed, indices, (self.number,))
@@ -375,7 +377,7 @@ def _epoch(
     device = stage.accelerator.device
     exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
     sums = {name: torch.tensor(total, **exact) for name, total in progress.sums.items()}
-    loader = skip_first_batches(stage.loader, progress.step) if progress.step else stage.loader
+    loader = remaining(stage.loader, progress.step, processes=stage.accelerator.num_processes)
     for fetched in loader:
         updates = progress.updates
         terms = stage.step(fetched)
@@ -454,11 +456,6 @@ def _near(split: Split, device: torch.device) -> Split:
     store = split.store
     small = isinstance(store, Tensor) and store.nbytes < RESIDENT * memory.free(device)
     return split.to(device) if small and device.type == "cuda" else split
-
-
-def _as_fetched(batch: Any) -> Any:
-    """`Split.__getitems__` returns whole batches: nothing is left to collate."""
-    return batch
 
 
 def _under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
