@@ -96,7 +96,9 @@ def _measure(stage: Stage) -> tuple[float, int]:
         torch.cuda.reset_peak_memory_stats(device)
     stage.model.train()
     stage.schedule.step(0)
-    fetched = next(iter(stage.loader))
+    # Not from the loader: of a stream it would fill its buffer first.
+    images, labels, indices = next(iter(stage.train.batches(stage.settings.batch_size)))
+    fetched = images.to(device), labels.to(device), indices.to(device)
     stage.step(fetched)  # allocates, compiles, chooses kernels
     _wait(device)
     started = time.monotonic()
