@@ -5,7 +5,7 @@
     FOLDER                  train/ and test/ (or val/, validation/) with one folder per class,
                             or a clone of a Hub data set (parquet files), or WebDataset shards
                             (train-*.tar, test-*.tar)
-    PATTERN.tar             WebDataset shards by a pattern: 'shards/{train,val}-{000..146}.tar'
+    PATTERN.tar             WebDataset shards by a pattern: 'shards/{train,val}-*.tar'
     USER/NAME[@REVISION]    a data set on the Hub
     hfids:USER/NAME[@REV]   the same read as a stream, without downloading it first
     wds:FOLDER, wds:URL, wds:PATTERN.tar
@@ -14,7 +14,8 @@
 A folder with the name of a data set is written `./digits`. What is on this machine is read image by
 image where it lies, in any order, however large it is; a stream is read from its beginning to its
 end (see streams.py), and is for what is not here. `|60000,10000` behind the name of a stream says
-how many training and test images it has, where it does not say so itself.
+how many training and test images it has, `|60000,10000,10` also how many classes, where it does not
+say so itself.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def _build(
 def _streamed(name: str, image_size: int | None) -> DataSet:
     """Describe a stream by its first training images."""
     read = read_stream(name)
-    _require_classes(read.class_names, read.source)
+    _require_classes(read.class_names, f"images of {read.source}")
     heads = read.train.first(min(_SAMPLE, read.train.count), list)
     sample = [image for head in heads for image, _, _ in head]
     is_grey, side = survey([sample])

@@ -2,7 +2,10 @@
 
     hfids:USER/NAME[@REV]         a data set on the Hub, or a folder that `datasets` understands
     wds:FOLDER, wds:URL           shards with timm's `_info.json` beside them
-    wds:PATTERN.tar               shards by a pattern: 'wds:https://host/{train,val}-{000..146}.tar'
+    wds:PATTERN.tar               shards by a pattern: 'wds:https://host/{train-{00..99},val-0}.tar'
+
+Behind any of them, `|TRAINING,TEST` or `|TRAINING,TEST,CLASSES` says how many images and classes
+there are, for what does not say so itself.
 
 The names are those of timm's readers, which also read `_info.json`. Their samples are read here
 and not by them: timm decodes every image it passes, drops damaged ones with a warning, and divides
@@ -56,6 +59,7 @@ HUB, SHARDS = "hfids:", "wds:"
 _SCHEMES = ("https", "http", "hf")  # webdataset would also run a command: `pipe:`
 _EXTRA = "install it with: pip install 'robustify-classifiers[stream]'"
 _SAY = "say it behind the name as |TRAINING,TEST, for instance |60000,10000"
+_SAY_CLASSES = "or say how many there are behind the name as |TRAINING,TEST,CLASSES"
 
 
 @dataclass(frozen=True)
@@ -75,32 +79,43 @@ def is_stream(name: str) -> bool:
     return name.startswith((HUB, SHARDS))
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What stands behind the | of a name: the images of both splits, and the classes."""
+
+    text: str
+    images: tuple[int | None, int | None]
+    classes: tuple[str, ...]
+
+
 def read_stream(name: str) -> Streams:
     """The data set that `name` says, not one image of it read. Raises `UsageError` for a name that
     means nothing, and `DataError` for what is missing, damaged, or does not say what it holds."""
-    where, _, said = name.partition("|")
+    where, _, numbers = name.partition("|")
     kind, _, where = where.partition(":")
-    counts = _counts(said, name)
+    said = _said(numbers, name)
     with _quiet_timm():
-        return (_hub if f"{kind}:" == HUB else _shards)(where, name, counts)
+        return (_hub if f"{kind}:" == HUB else _shards)(where, name, said)
 
 
-def _counts(said: str, name: str) -> tuple[int | None, int | None]:
-    if not said:
-        return None, None
-    match = re.fullmatch(r"(\d+),(\d+)", said)
-    if match is None or "0" in match.groups():
+def _said(numbers: str, name: str) -> _Said:
+    if not numbers:
+        return _Said("", (None, None), ())
+    match = re.fullmatch(r"([1-9]\d*),([1-9]\d*)(?:,([1-9]\d*))?", numbers)
+    if match is None:
         raise UsageError(
-            f"expected the numbers of training and test images behind | in {name}, got {said!r}; "
-            "write them as |60000,10000"
+            f"expected the numbers of training and test images behind | in {name}, got "
+            f"{numbers!r}; write them as |60000,10000, or with the number of classes as "
+            "|60000,10000,10"
         )
-    return int(match[1]), int(match[2])
+    classes = tuple(map(str, range(int(match[3] or 0))))
+    return _Said(f"|{numbers}", (int(match[1]), int(match[2])), classes)
 
 
 # The Hub
 
 
-def _hub(where: str, source: str, counts: tuple[int | None, int | None]) -> Streams:
+def _hub(where: str, source: str, said: _Said) -> Streams:
     """A Hub data set in the streaming mode of `datasets`: one shard for each of its files."""
     try:
         import datasets
@@ -109,10 +124,10 @@ def _hub(where: str, source: str, counts: tuple[int | None, int | None]) -> Stre
             f"expected the extra `stream` (datasets) to read {source}; {_EXTRA}"
         ) from None
     repo, _, revision = where.partition("@")
-    is_here = Path(repo).expanduser().is_dir()
+    is_here = Path(where).expanduser().is_dir()
     if is_here:
         repo, revision = str(Path(where).expanduser().resolve()), ""
-        source = f"{HUB}{repo}" + (f"|{counts[0]},{counts[1]}" if counts[0] else "")
+        source = f"{HUB}{repo}{said.text}"
     elif silence := remote.find(where, "dataset").silence:
         raise _unreadable(source, silence)
     try:
@@ -122,14 +137,14 @@ def _hub(where: str, source: str, counts: tuple[int | None, int | None]) -> Stre
         raise _unreadable(source, error) from error
     origins: list[Origin] = []
     class_names: tuple[str, ...] = ()
-    for split, said in zip(splits_of(streams, source), counts, strict=True):
+    for split, number in zip(splits_of(streams, source), said.images, strict=True):
         stream = streams[split]
-        features = features_of(stream.features or stream._resolve_features().features)
+        features = features_of(stream.features or {})
         image, label = columns(features, source)
-        class_names = class_names or tuple(features[label].get("names") or ())
+        class_names = class_names or tuple(features[label].get("names") or said.classes)
         files = list(map(str, (builder.config.data_files or {}).get(split, ())))
         info = (builder.info.splits or {}).get(split)
-        count = said or (info and info.num_examples) or _rows(files, f"{source}, split {split}")
+        count = number or (info and info.num_examples) or _rows(files, f"{source}, split {split}")
         folder = Path(repo) if is_here else None
         rows = partial(_rows_of, undecoded(stream, image), image, label, source, folder)
         numbered = [f"{source}, split {split}, shard {n}" for n in range(stream.num_shards)]
@@ -137,7 +152,7 @@ def _hub(where: str, source: str, counts: tuple[int | None, int | None]) -> Stre
     if not class_names:
         raise DataError(
             f"expected the names of the classes in the features of {source} (a ClassLabel), and "
-            "they are not there; name the data set without hfids: to read its labels first"
+            f"they are not there; name it without {HUB} to read its labels first, {_SAY_CLASSES}"
         )
     name = Path(repo).name if is_here else repo
     identity = (where, builder.hash, *(str(origin.count) for origin in origins))
@@ -185,7 +200,7 @@ def _rows(files: Sequence[str], what: str) -> int:
 # WebDataset
 
 
-def _shards(where: str, source: str, counts: tuple[int | None, int | None]) -> Streams:
+def _shards(where: str, source: str, said: _Said) -> Streams:
     """Tar shards: those that timm's `_info.json` lists, or those that a pattern names."""
     try:
         import webdataset  # noqa: F401
@@ -197,21 +212,21 @@ def _shards(where: str, source: str, counts: tuple[int | None, int | None]) -> S
     is_remote = "://" in where
     if not is_remote:
         where = str(Path(where).expanduser().absolute())
-        source = f"{SHARDS}{where}" + (f"|{counts[0]},{counts[1]}" if counts[0] else "")
+        source = f"{SHARDS}{where}{said.text}"
     by_info = not where.endswith(".tar")
     if by_info and not is_remote and not any((Path(where) / name).is_file() for name in INFO):
         where, by_info = f"{where}/**/*.tar", False
-    readers = _by_info(where, source) if by_info else _by_pattern(where, source, counts)
+    readers = _by_info(where, source) if by_info else _by_pattern(where, source, said)
     root = readers[0].root
-    class_names = _class_names(root, readers)
+    class_names = said.classes or _class_names(root, readers)
     origins = []
-    for reader, said in zip(readers, counts, strict=True):
+    for reader, number in zip(readers, said.images, strict=True):
         info = reader.split_info
         urls = [os.path.join(root, file) for file in info.filenames]
         for url in urls:
             _require_harmless(url)
         what = f"{source}, split {info.name}" if info.name else source
-        count = said or reader.num_samples
+        count = number or reader.num_samples
         if not count:
             raise DataError(f"expected {what} to say how many images it has; {_SAY}")
         read = partial(_samples_of, urls, info.alt_label, class_names)
@@ -262,7 +277,7 @@ def _by_info(root: str, source: str) -> list[Any]:
     return readers
 
 
-def _by_pattern(pattern: str, source: str, counts: tuple[int | None, int | None]) -> list[Any]:
+def _by_pattern(pattern: str, source: str, said: _Said) -> list[Any]:
     """timm's readers of the shards that `pattern` names; those on this machine are counted."""
     from timm.data import create_reader
 
@@ -274,11 +289,9 @@ def _by_pattern(pattern: str, source: str, counts: tuple[int | None, int | None]
     root = _common_folder(urls) if urls else pattern
     readers = []
     names = by_split([url[len(root) :].lstrip("/") for url in urls], source)
-    for part, said in zip(names, counts, strict=True):
-        count = said
+    for part, count in zip(names, said.images, strict=True):
         if count is None and "://" not in root:
             count = len(indexed([Path(root, name) for name in part])[0])
-        # Two files or more are separated by ::, and one is said twice to be no name of a split.
         readers.append(create_reader("wds/", root=root, split="::".join(part) + f"|{count or 0}"))
     return readers
 
@@ -317,7 +330,7 @@ def _class_names(root: str, readers: Sequence[Any]) -> tuple[str, ...]:
             return found
     raise DataError(
         f"expected the names of the classes in {root}: class_names or num_classes in _info.json, "
-        f"or one a line in {NAMES[0]}; add one of them"
+        f"or one a line in {NAMES[0]}; add one of them, {_SAY_CLASSES}"
     )
 
 

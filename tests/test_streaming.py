@@ -261,7 +261,7 @@ def test_a_stream_that_comes_class_by_class_is_warned_of(tmp_path, caplog):
 
 
 @KINDS
-@pytest.mark.parametrize("said", ["", "24", "24,x", "0,8"])
+@pytest.mark.parametrize("said", ["", "24", "24,x", "0,8", "24,8,2,1"])
 def test_numbers_that_are_none(kind, write, said):
     name = f"{write(kind)}|{said}"
     if not said:
@@ -378,6 +378,24 @@ def test_without_the_extra(kind, package, write, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UsageError, match=rf"extra `stream` \({package}\).*classifiers\[stream\]"):
         load(name)
+
+
+@KINDS
+def test_classes_that_are_only_counted(kind, write, tmp_path):
+    name = write(kind)
+    if kind == "wds":
+        (tmp_path / "pets" / "class_map.txt").unlink()
+        assert load(f"{name}|24,8,5").class_names == tuple("01234")
+    else:
+        from pyarrow import parquet
+
+        for path in (tmp_path / "pets").glob("*.parquet"):
+            parquet.write_table(parquet.read_table(path).replace_schema_metadata(None), path)
+        with pytest.raises(DataError, match=r"names of the classes .*or say .*\|.*,CLASSES"):
+            load(name)
+        assert load(f"{name}|24,8,5").class_names == tuple("01234")
+    with pytest.raises(DataError, match=r"at least 2 classes in the images of .*got 1"):
+        load(f"{name}|24,8,1")
 
 
 def test_streams_without_classes_or_splits(write, tmp_path):
