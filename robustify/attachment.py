@@ -8,7 +8,6 @@ of the classifier alone beside that of the pair.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +71,6 @@ def attach(
         if folder.record.get("status") == "finished":
             log.warning("%s is already finished; choose another --out", folder.path)
             return folder.path
-        with suppress(OSError):
-            folder.checkpoints.folder.rmdir()  # nothing is trained here
         models.save(pair, folder.path, {"data": loaded.source})
         report = assess(pair, loaded, threat, suite=suite, limit=limit, seed=seed,
                         batch_size=batch_size)  # fmt: skip

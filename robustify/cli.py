@@ -468,12 +468,14 @@ def copy_recipe(name: str, path: Path | None) -> None:
     robustify recipes copy peeraid mine.yaml
     robustify distill --recipe mine.yaml --student resnet18
     """
+    from robustify.files import atomic_write
+
     found = config.find(name)
     target = path or Path(f"{found.name}.yaml")
     if target.exists():
         raise UsageError(f"expected a new file, but {target} exists; name another")
     text = found.path.read_text(encoding="utf-8") if found.path else ""
-    target.write_text(f"recipe: {found.name}\n{text}", encoding="utf-8")
+    atomic_write(target, f"recipe: {found.name}\n{text}")
     click.echo(target)
 
 

@@ -33,8 +33,10 @@ from robustify.classifier import Classifier
 from robustify.data import Split, augment, to_float
 from robustify.errors import TrainingError, UsageError, suggest
 from robustify.fold import prefers_channels_last
+from robustify.memory import ran_out
 from robustify.noise import Noise
 from robustify.objective import Objective, batchnorm_updates
+from robustify.processes import agreed, said
 from robustify.schedule import new_schedule
 from robustify.selection import Selection, copy_of, share_buffers, validate
 from robustify.settings import Training
@@ -49,6 +51,7 @@ CHECK_EVERY = (
     50  # optimizer steps between two looks at the loss on a GPU, each of which waits for it
 )
 RESIDENT = 0.1  # of a GPU's free memory may be taken by training images
+AGREE_EVERY = 5  # steps between two agreements on stopping on GPUs; torchrun waits 30 s for it
 
 
 @dataclass
@@ -324,12 +327,14 @@ def fit(
 ) -> Fitted:
     """Train `stage` to its end from wherever its checkpoint left it.
 
-    `interrupted` is asked after every step; True saves a checkpoint and raises KeyboardInterrupt.
-    `on_step` is called after every step, `on_epoch` with all rows so far. Raises `TrainingError`
-    where the loss is not finite, naming the last good checkpoint.
+    `interrupted` is asked after every step; True, in any process, saves a checkpoint and raises
+    KeyboardInterrupt in all. `on_step` is called after every step, `on_epoch` with all rows so far.
+    Raises `TrainingError` where the loss is not finite or memory runs out, naming the last good
+    checkpoint.
     """
     name = f"stage{stage.number}"
     saved = checkpoints.load(name)
+    _require_same(saved and saved[1]["progress"], checkpoints)
     if saved is not None:
         stage.restore(*saved)
         log.info("resuming %s at epoch %d, step %d", stage.objective.name,
@@ -340,21 +345,47 @@ def fit(
         disable=not stage.accelerator.is_main_process, dynamic_ncols=True,
         mininterval=1 if sys.stderr.isatty() else 10,
     )  # fmt: skip
+    on_cpu = stage.accelerator.device.type == "cpu"
+    stop = agreed(interrupted, every=1 if on_cpu else AGREE_EVERY)
     try:
         with torch.random.fork_rng(devices), bar:
             if not stage.finished:
                 stage.prepare()
             while not stage.finished:
-                _epoch(stage, checkpoints, name, bar, interrupted, on_step)
+                _epoch(stage, checkpoints, name, bar, stop, on_step)
                 on_epoch(stage.progress.history)
     except TrainingError as error:
-        kept = checkpoints.newest(name)
-        where = (
-            f"; the last good checkpoint is {kept}" if kept else "; no checkpoint was written yet"
-        )
-        raise TrainingError(f"{error}; {where}") from None
+        raise TrainingError(f"{error}; {checkpoints.kept(name)}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        raise TrainingError(_too_large(stage, checkpoints.kept(name))) from error
     _save(stage, checkpoints, name)
+    if agreed(interrupted)():  # after the last step, in validation
+        raise KeyboardInterrupt
     return stage.fitted()
+
+
+def _require_same(progress: Any, checkpoints: Checkpoints) -> None:
+    """Raise `TrainingError` where this process goes on from elsewhere than the first one."""
+    first = said(progress)
+    if progress != first:
+        raise TrainingError(
+            f"expected every process to see the same checkpoints in {checkpoints.folder}, but they "
+            "differ; put --out on a file system that all machines share"
+        )
+
+
+def _too_large(stage: Stage, kept: str) -> str:
+    progress, settings = stage.progress, stage.settings
+    half, accumulate = settings.batch_size // 2, settings.accumulate * 2
+    return (
+        f"out of memory at epoch {progress.epoch} step {progress.step} of stage "
+        f"{stage.objective.name!r} with --batch-size {settings.batch_size}; {kept}; with more "
+        "memory free the same command goes on; to need less, start again with --no-resume and "
+        f"--batch-size {half} --set training.accumulate={accumulate} (the same effective batch), "
+        "--precision bf16 or --set training.grad_checkpointing=true"
+    )
 
 
 def _epoch(
@@ -393,6 +424,7 @@ def _epoch(
             _save(stage, checkpoints, name)
             saved = now
         if stop:
+            stage.accelerator.wait_for_everyone()  # or a launcher ends the one that is writing
             raise KeyboardInterrupt
         if stage.finished:
             break
