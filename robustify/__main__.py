@@ -17,6 +17,7 @@ import click
 
 from robustify.errors import ElsewhereError, RobustifyError
 
+_FIRST = os.environ.get("RANK", "0") == "0"
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 _CONTINUES = "the same command continues"
 _NOTHING_KEPT = "nothing was kept (evaluate --out FOLDER keeps every verdict)"
@@ -32,7 +33,8 @@ def main() -> None:
 def _main() -> None:
     debug = "--debug" in sys.argv[1:]
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("robustify").setLevel(logging.INFO)
+    # Of several processes the first one speaks for all.
+    logging.getLogger("robustify").setLevel(logging.INFO if _FIRST else logging.ERROR)
     # timm warns that a cosine of one epoch does not fall: it is not meant to.
     logging.getLogger("timm.scheduler").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
@@ -46,7 +48,7 @@ def _main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        if _FIRST:
             click.echo(f"interrupted; {_CONTINUES if _keeps() else _NOTHING_KEPT}", err=True)
         sys.exit(130)
     except RobustifyError as error:

@@ -345,8 +345,7 @@ def fit(
         disable=not stage.accelerator.is_main_process, dynamic_ncols=True,
         mininterval=1 if sys.stderr.isatty() else 10,
     )  # fmt: skip
-    on_cpu = stage.accelerator.device.type == "cpu"
-    stop = agreed(interrupted, every=1 if on_cpu else AGREE_EVERY)
+    stop = agreed(interrupted, every=_agree_every(stage))
     try:
         with torch.random.fork_rng(devices), bar:
             if not stage.finished:
@@ -407,6 +406,8 @@ def _epoch(
     exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
     sums = {name: torch.tensor(total, **exact) for name, total in progress.sums.items()}
     loader = skip_first_batches(stage.loader, progress.step) if progress.step else stage.loader
+    seconds = stage.settings.checkpoint_seconds
+    due = agreed(lambda: time.monotonic() - saved > seconds, every=_agree_every(stage))
     for fetched in loader:
         updates = progress.updates
         terms = stage.step(fetched)
@@ -415,21 +416,19 @@ def _epoch(
         for key, term in terms.items():
             sums[key] = sums.get(key, torch.zeros((), **exact)) + term
         bar.update(progress.updates - updates)
-        now = time.monotonic()
-        progress.seconds = before + now - started
-        stop = interrupted()
-        if stop or now - saved > stage.settings.checkpoint_seconds:
+        progress.seconds = before + time.monotonic() - started
+        stop, save = interrupted(), due()
+        if stop or save:
             stage.require_finite(sums["loss"])  # nothing damaged is saved, on a GPU either
-            progress.sums = {key: float(total) for key, total in sums.items()}
+            progress.sums = {key: float(total) for key, total in _shared(stage, sums).items()}
             _save(stage, checkpoints, name)
-            saved = now
+            saved = time.monotonic()
         if stop:
             stage.accelerator.wait_for_everyone()  # or a launcher ends the one that is writing
             raise KeyboardInterrupt
         if stage.finished:
             break
-    if stage.accelerator.num_processes > 1:
-        sums = {key: stage.accelerator.reduce(total, "mean") for key, total in sums.items()}
+    sums = _shared(stage, sums)
     if sums:
         stage.require_finite(sums["loss"])
     row = stage.finish_epoch(sums)
@@ -437,6 +436,15 @@ def _epoch(
     bar.set_postfix({k: f"{row[k]:.3f}" for k in _SHOWN if k in row})
     if time.monotonic() - saved > stage.settings.checkpoint_seconds or progress.epoch == 1:
         _save(stage, checkpoints, name)
+
+
+def _agree_every(stage: Stage) -> int:
+    return 1 if stage.accelerator.device.type == "cpu" else AGREE_EVERY
+
+
+def _shared(stage: Stage, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over processes: each has seen batches of its own."""
+    return {key: stage.accelerator.reduce(total.clone(), "mean") for key, total in sums.items()}
 
 
 _SHOWN = ("loss", "student clean", "student robust", "averaged robust")
