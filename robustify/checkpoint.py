@@ -38,10 +38,7 @@ class Checkpoints:
         """
         last = self.newest(name)
         number = int(last.stem.split("-")[-2]) + 1 if last else 0
-        data = safetensors.torch.save(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-            metadata={"robustify": json.dumps(values)},
-        )
+        data = _serialized(tensors, values)
         path = self.folder / f"{name}-{number:08d}-{_digest(data)}.safetensors"
         try:
             # Not its parents: where the run's folder is gone, a new one would hide that.
@@ -97,6 +94,17 @@ class Checkpoints:
 
     def _newest_first(self, name: str) -> list[Path]:
         return sorted(self.folder.glob(f"{name}-????????-*.safetensors"), reverse=True)
+
+
+def _serialized(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> bytes:
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    try:
+        data: bytes = safetensors.torch.save(plain, metadata={"robustify": json.dumps(values)})
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # its Rust part, where memory ran out
+            raise MemoryError("no memory for a copy of the checkpoint") from error
+        raise
+    return data
 
 
 def _digest(data: bytes) -> str:

@@ -286,8 +286,11 @@ def attach(purifier: str, classifier: str, out: Path, as_json: bool, **options: 
     """
     from robustify import report
     from robustify.attachment import attach as join
+    from robustify.harden import is_first_process
 
     folder = join(purifier, classifier, out, dataset=options.pop("data"), **options)
+    if not is_first_process():
+        return
     content = report.read(folder)
     click.echo(json.dumps(content, indent=2) if as_json else report.markdown(content))
     if not as_json:

@@ -1,41 +1,35 @@
-"""Commands in processes of their own that start at once, with faults that the system itself makes.
+"""Commands in processes of their own that start at once, and faults to plant in them.
 
-What takes seconds to import is imported by one server, which forks for every command; the server
-has one thread, so nothing can be locked in a fork.
+What takes seconds to import is imported by one server, which forks for every command and has one
+thread only, so that nothing can be locked in a fork.
 """
 
 import contextlib
 import multiprocessing
 import os
 import re
-import shutil
+import resource
 import sys
-import tempfile
-from pathlib import Path
+import threading
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["robustify.cli", "robustify.harden", "robustify.sweep", "robustify.attachment",
      "robustify.effort", "robustify.hub", "robustify.robustbench", "tqdm"]
 )  # fmt: skip
-
-TRAIN = [
-    "distill", "--recipe", "pgd_at", "--student", "cnn_a", "--image-size", "32", "--batch-size",
-    "256", "--train-limit", "700", "--set", "training.checkpoint_seconds=0", "--epochs", "2",
-    "--suite", "apgd-ce", "--limit", "12",
-]  # fmt: skip
-PROGRESS = re.compile(r"step/s|s/step|verdict/s|s/verdict|verdict \[|^no --data")
-LEFT = ["model.safetensors", "config.json", "samples.jsonl", "metrics.jsonl"]
+BAR = re.compile(r"[^\r\]]*(\d+/\d+|verdict) \[[^\]]*\]")
 
 
-def _child(command, stdout, stderr, fault):
+def _child(command, pipes, paths, fault):
     import torch
 
     from robustify.__main__ import main
 
     torch.set_num_threads(1)
-    for number, path in ((1, stdout), (2, stderr)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
+    for number, (pipe, path) in enumerate(zip(pipes, paths, strict=True), 1):
+        opened = os.open(path, os.O_WRONLY) if path else pipe.fileno()
+        os.dup2(opened, number)
+        pipe.close()
     sys.argv = ["robustify", *map(str, command)]
     with contextlib.ExitStack() as stack:
         if fault is not None:
@@ -44,33 +38,67 @@ def _child(command, stdout, stderr, fault):
 
 
 class Child:
-    """A running `robustify COMMAND`; `fault` is called in it first, and may return a context."""
+    """A running `robustify COMMAND`. `fault` is called in it first, and may return a context;
+    `stdout` and `stderr` are files to write to instead of what `end` returns."""
 
     def __init__(self, *command, fault=None, stdout=None, stderr=None):
-        self.folder = Path(tempfile.mkdtemp())
-        self.stdout, self.stderr = stdout or self.folder / "out", stderr or self.folder / "err"
+        pipes = [SERVER.Pipe(duplex=False) for _ in range(2)]
+        writers = [writer for _, writer in pipes]
         self.process = SERVER.Process(
-            target=_child, args=(command, self.stdout, self.stderr, fault)
+            target=_child, args=(command, writers, (stdout, stderr), fault)
         )
         self.process.start()
+        for writer in writers:
+            writer.close()
+        self.texts = [b"", b""]
+        self.readers = [
+            threading.Thread(target=self._read, args=(number, reader))
+            for number, (reader, _) in enumerate(pipes)
+        ]
+        for reader in self.readers:
+            reader.start()
+
+    def _read(self, number, pipe):
+        with pipe:
+            while part := os.read(pipe.fileno(), 65536):
+                self.texts[number] += part
 
     def send(self, number):
         os.kill(self.process.pid, number)
 
     def end(self, timeout=120):
-        """Exit code (negative for a signal), stdout, the lines of stderr that are no progress."""
+        """Exit code (negative: the signal), stdout, the lines on stderr but those of progress."""
         self.process.join(timeout)
-        assert self.process.exitcode is not None, "it hangs"
-        texts = []
-        for path in (self.stdout, self.stderr):
-            regular = path.is_file()
-            texts.append(path.read_text() if regular else "")
-        shutil.rmtree(self.folder)
-        lines = [line.rpartition("\r")[2] for line in texts[1].split("\n")]
-        said = [line for line in lines if line and not PROGRESS.search(line)]
-        return self.process.exitcode, texts[0], said
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+        for reader in self.readers:
+            reader.join()
+        out, err = (text.decode() for text in self.texts)
+        assert code is not None, f"it hangs: {err}"
+        said = re.split(r"[\r\n]+", BAR.sub("", err))
+        return code, out, [line for line in said if line and not line.startswith("no --data")]
 
 
 def robustify(*command, **options):
-    """Run it to its end: exit code, stdout, what it said on stderr."""
+    """Run it to its end; what `Child.end` returns."""
     return Child(*command, **options).end()
+
+
+def at_opening(part, act, *, time=1):
+    """Call `act` just before a file whose path holds `part` is opened for the `time`-th time."""
+    left = [time]
+
+    def look(event, details):
+        if event == "open" and isinstance(details[0], str) and part in details[0]:
+            left[0] -= 1
+            if left[0] == 0:
+                act()
+
+    sys.addaudithook(look)
+
+
+def no_more_than(size):
+    """From now on the system refuses to let any file grow beyond `size` bytes, as on a full
+    disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
