@@ -17,7 +17,6 @@ import click
 
 from robustify.errors import ElsewhereError, RobustifyError
 
-_FIRST = os.environ.get("RANK", "0") == "0"
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 _CONTINUES = "the same command continues"
 _NOTHING_KEPT = "nothing was kept (evaluate --out FOLDER keeps every verdict)"
@@ -33,8 +32,7 @@ def main() -> None:
 def _main() -> None:
     debug = "--debug" in sys.argv[1:]
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    # Of several processes the first one speaks for all.
-    logging.getLogger("robustify").setLevel(logging.INFO if _FIRST else logging.ERROR)
+    logging.getLogger("robustify").setLevel(logging.INFO if _speaks() else logging.ERROR)
     # timm warns that a cosine of one epoch does not fall: it is not meant to.
     logging.getLogger("timm.scheduler").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
@@ -48,7 +46,7 @@ def _main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        if _FIRST:
+        if _speaks():
             click.echo(f"interrupted; {_CONTINUES if _keeps() else _NOTHING_KEPT}", err=True)
         sys.exit(130)
     except RobustifyError as error:
@@ -67,6 +65,11 @@ def _main() -> None:
         click.echo(f"robustify: {line}", err=True)
         _give_up_stdout()
         sys.exit(1)
+
+
+def _speaks() -> bool:
+    """Whether this is the one of several processes that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _keeps() -> bool:

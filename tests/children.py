@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import re
 import resource
+import socket
 import sys
 import threading
+from functools import partial
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -83,6 +85,34 @@ class Child:
 def robustify(*command, **options):
     """Run it to its end; what `Child.end` returns."""
     return Child(*command, **options).end()
+
+
+class Ranks:
+    """The processes of one `robustify COMMAND`, without a launcher that would end the others when
+    one ends. `faults`: what `Child` calls in some of them, by rank."""
+
+    def __init__(self, count, *command, faults=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.children = [
+            Child(*command, fault=partial(_as_rank, rank, count, port, (faults or {}).get(rank)))
+            for rank in range(count)
+        ]
+
+    def end(self):
+        """What `Child.end` returns, of each."""
+        return [child.end() for child in self.children]
+
+
+def _as_rank(rank, count, port, fault):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    if fault is not None:
+        fault()
 
 
 def at_opening(part, act, *, time=1):
