@@ -59,16 +59,18 @@ class Checkpoints:
         that is a `RunFolderError`, because starting again would lose the run unasked.
         """
         paths = self._newest_first(name)
-        for path in paths:
+        for place, path in enumerate(paths):
             try:
                 data = path.read_bytes()
             except OSError:  # the disk cannot read what it stored: the same as damage
-                data = b""
-            if _digest(data) == path.stem.rpartition("-")[2]:
-                length = int.from_bytes(data[:8], "little")
-                header = json.loads(data[8 : 8 + length])
-                return safetensors.torch.load(data), json.loads(header["__metadata__"]["robustify"])
-            log.warning("checkpoint %s is damaged; falling back to the one before it", path)
+                continue
+            if _digest(data) != path.stem.rpartition("-")[2]:
+                continue
+            for damaged in paths[:place]:
+                log.warning("checkpoint %s is damaged; falling back to the one before it", damaged)
+            length = int.from_bytes(data[:8], "little")
+            header = json.loads(data[8 : 8 + length])
+            return safetensors.torch.load(data), json.loads(header["__metadata__"]["robustify"])
         if paths:
             raise RunFolderError(
                 f"expected a sound checkpoint, but every {name!r} file in {self.folder} is damaged;"

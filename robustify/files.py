@@ -121,14 +121,22 @@ def refusal(path: Path, number: int) -> str:
     """One line on the system's error `number`: what could not be written, what survives, what to
     do."""
     survives = "the file as it was is intact" if path.exists() else "nothing was left half-written"
+    advice = "check the folder and run the same command again"
     if number in _FULL:
-        cause, advice = "the disk is full", "free some space and run the same command again"
+        advice = "free some space and run the same command again"
     elif number in _READ_ONLY:
-        cause = f"the folder {path.parent} cannot be written"
         advice = "change its permissions or choose another folder"
     elif number == errno.ENOENT:
-        cause = f"{os.strerror(number)}: {path.parent}"
         advice = "if it was moved or removed, put it back, and run the same command again"
-    else:
-        cause, advice = os.strerror(number), "check the folder and run the same command again"
-    return f"could not write {path}: {cause}; {survives}; {advice}"
+    return f"could not write {path}: {cause(path, number)}; {survives}; {advice}"
+
+
+def cause(path: Path, number: int) -> str:
+    """The system's error `number` on writing `path`, in words."""
+    if number in _FULL:
+        return "the disk is full"
+    if number in _READ_ONLY:
+        return f"the folder {path.parent} cannot be written"
+    if number == errno.ENOENT:
+        return f"{os.strerror(number)}: {path.parent}"
+    return os.strerror(number)

@@ -8,6 +8,7 @@ processes may change in between.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from robustify.errors import RunFolderError
+from robustify.files import cause
 
 Verdicts = dict[str, dict[int, bool]]  # attack -> image -> still right
 
@@ -74,8 +76,8 @@ class Journal:
                 data = data[self.file.write(data) :]
         except OSError as error:
             raise RunFolderError(
-                f"could not write {self.path}: {error.strerror}; the verdicts before it are kept, "
-                "the same command goes on from them"
+                f"could not write {self.path}: {cause(self.path, error.errno or errno.EIO)}; the "
+                "verdicts before it are kept, and the same command goes on from them"
             ) from None
 
     def _read(self, path: Path) -> None:

@@ -285,7 +285,8 @@ class Stage:
             tensors |= {f"averaged.{k}": v for k, v in self.averaged.state_dict().items()}
         for name, weights in self.selection.weights.items():
             tensors |= {f"best.{name}.{k}": v for k, v in weights.items()}
-        values = {"progress": asdict(self.progress), "best": self.selection.rows}
+        values = {"progress": asdict(self.progress), "best": self.selection.rows,
+                  "processes": self.accelerator.num_processes}  # fmt: skip
         return tensors, {**values, "optimizer": plain}
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -339,6 +340,10 @@ def fit(
         stage.restore(*saved)
         log.info("resuming %s at epoch %d, step %d", stage.objective.name,
                  stage.progress.epoch, stage.progress.step)  # fmt: skip
+        before, now = saved[1].get("processes"), stage.accelerator.num_processes
+        if before not in (None, now):
+            log.warning("this run had %d processes, each with its own batch, and now has %d: it "
+                        "ends like neither of them alone would", before, now)  # fmt: skip
     devices = [stage.accelerator.device.index] if stage.accelerator.device.type == "cuda" else []
     bar = tqdm(
         total=stage.budget, initial=stage.progress.updates, desc=stage.objective.name, unit="step",
