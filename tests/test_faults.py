@@ -524,7 +524,8 @@ def test_eight_images_are_the_fewest_and_other_errors_stay_what_they_are(error, 
 
 
 def test_memory_that_runs_out_in_an_evaluation(whole, tmp_path):
-    command = ["evaluate", whole, "--suite", "apgd-ce,square", "--limit", "200", "--json"]
+    command = ["evaluate", whole, "--suite", "apgd-ce,square", "--limit", "200", "--json",
+               "--batch-size", "250"]  # fmt: skip
     _, plain, _ = robustify(*command)
     out = tmp_path / "out"
     code, parted, lines = robustify(*command, "--out", out, fault=_no_more_than_100_at_once)
