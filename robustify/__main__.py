@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 import click
 
-from robustify.errors import RobustifyError
+from robustify.errors import ElsewhereError, RobustifyError
 
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 _CONTINUES = "the same command continues"
 _NOTHING_KEPT = "nothing was kept (evaluate --out FOLDER keeps every verdict)"
 
@@ -17,9 +25,14 @@ _NOTHING_KEPT = "nothing was kept (evaluate --out FOLDER keeps every verdict)"
 def main() -> None:
     """Run the command line and exit with its code: 0 done, 1 failed, 2 wrong usage,
     3 `--fail-under` not met, 130 interrupted."""
+    with _unfailing_stderr(), _terminated_as_interrupted():
+        _main()
+
+
+def _main() -> None:
     debug = "--debug" in sys.argv[1:]
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("robustify").setLevel(logging.INFO)
+    logging.getLogger("robustify").setLevel(logging.INFO if _speaks() else logging.ERROR)
     # timm warns that a cosine of one epoch does not fall: it is not meant to.
     logging.getLogger("timm.scheduler").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its warnings itself
@@ -27,22 +40,132 @@ def main() -> None:
         from robustify.cli import robustify
 
         code = robustify.main(standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        kept = sys.argv[1:2] in (["distill"], ["attach"]) or "--out" in sys.argv
-        click.echo(f"interrupted; {_CONTINUES if kept else _NOTHING_KEPT}", err=True)
+        if _speaks():
+            click.echo(f"interrupted; {_CONTINUES if _keeps() else _NOTHING_KEPT}", err=True)
         sys.exit(130)
     except RobustifyError as error:
         if debug:
             raise
-        click.echo(f"robustify: {error}", err=True)
+        if not isinstance(error, ElsewhereError):
+            click.echo(f"robustify: {error}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         sys.exit(1)
+    except Exception as error:
+        line = _in_words(error)
+        if debug or line is None:
+            raise
+        click.echo(f"robustify: {line}", err=True)
+        _give_up_stdout()
+        sys.exit(1)
+
+
+def _speaks() -> bool:
+    """Whether this is the one of several processes that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _keeps() -> bool:
+    """Whether the command goes on from what it left."""
+    return sys.argv[1:2] in (["distill"], ["attach"]) or "--out" in sys.argv
+
+
+def _in_words(error: Exception) -> str | None:
+    """One line for what the machine refused, wherever that happened; None for anything else."""
+    from robustify.memory import ran_out
+    from robustify.processes import lost_another
+
+    kept = f"what was saved is intact, and {_CONTINUES}"
+    if not _keeps():
+        kept = "what was there before is as it was"
+    if ran_out(error):
+        return f"out of memory; {kept}; with more memory free, or a smaller --batch-size"
+    if lost_another(error):
+        return f"another process of this run ended or cannot be reached; {kept}"
+    if not isinstance(error, OSError) or error.errno not in _OF_THE_DISK:
+        return None
+    if error.filename is None:
+        return f"could not print the answer: {error.strerror}; files that were written are whole"
+    return f"could not use {error.filename}: {error.strerror}; {kept}"
+
+
+def _give_up_stdout() -> None:
+    """Nobody can have what is left of the answer; else Python would try again, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Unfailing(io.RawIOBase):
+    """A descriptor to write to; what it does not take is lost, and nothing else is."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def write(self, data: Any, /) -> int:
+        """All of `data` counts as written."""
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(self._number, left) :]
+        except OSError:
+            pass
+        return len(data)
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._number
+
+    def isatty(self) -> bool:
+        """Whether somebody watches."""
+        return os.isatty(self._number)
+
+
+@contextmanager
+def _unfailing_stderr() -> Iterator[None]:
+    """No progress bar and no log line may end a run because the disk that takes them is full."""
+    before = sys.stderr
+    try:
+        raw = _Unfailing(before.fileno())
+    except (AttributeError, OSError, ValueError):  # not a file of the system: nothing can be full
+        yield
+        return
+    sys.stderr = io.TextIOWrapper(
+        raw,
+        encoding=before.encoding, errors="backslashreplace", line_buffering=True,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        sys.stderr = before
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, by which launchers and schedulers end a process, is told like Ctrl-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: whoever owns the signals keeps them
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ of the classifier alone beside that of the pair.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from robustify import data, models
 from robustify.classifier import Classifier
 from robustify.errors import ModelError, RobustifyError
 from robustify.examine import assess, fit_together
+from robustify.processes import first_holds, said, this_process
 from robustify.purifier import (
     Purified,
     SavedPurifier,
@@ -49,7 +49,8 @@ def attach(
     `models.load` understands) in the folder `out`, evaluate the pair, and return the folder.
 
     Data set: `dataset`, or what the classifier, or the purifier, was trained on; threat model: that
-    of the purifier's training unless given. The same call again leaves a finished folder as it is.
+    of the purifier's training unless given. The same call again leaves a finished folder as it is,
+    and goes on from the verdicts of one that is not. Over several processes, all of them call it.
     Raises `ModelError` and `UsageError` for what does not fit, `RunFolderError` for the folder.
     """
     saved = _saved(purifier)
@@ -68,15 +69,18 @@ def attach(
         "seed": seed,
     }
     folder = RunFolder(Path(out))
-    with folder.held(run):
-        if folder.record.get("status") == "finished":
+    process = this_process()
+    first = process.is_main_process
+    with first_holds(folder.held(run)):
+        if said(folder.record if first else None).get("status") == "finished":
             log.warning("%s is already finished; choose another --out", folder.path)
             return folder.path
-        with suppress(OSError):
-            folder.checkpoints.folder.rmdir()  # nothing is trained here
-        models.save(pair, folder.path, {"data": loaded.source})
-        report = assess(pair, loaded, threat, suite=suite, limit=limit, seed=seed,
-                        batch_size=batch_size)  # fmt: skip
+        if first:
+            models.save(pair, folder.path, {"data": loaded.source})
+        report = assess(pair.to(process.device), loaded, threat, suite=suite, limit=limit,
+                        seed=seed, batch_size=batch_size, out=folder.path)  # fmt: skip
+        if not first:
+            return folder.path
         recorded = {"notices": pair.about.get("record", {}).get("notices", ())}
         report, more = extend(report, pair, loaded, more=recorded, batch_size=batch_size,
                               surrogate=_original(saved, pair))  # fmt: skip

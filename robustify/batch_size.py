@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 
 from robustify import memory
 from robustify.errors import TrainingError
@@ -75,7 +74,7 @@ def _try(new_stage: Callable[[int], Stage], size: int) -> _Trial | None:
         room = memory.free(stage.accelerator.device) / _sharing(stage)
         found = _Trial(rate, grew, 2 * size <= len(stage.train) and 2 * grew <= SHARE * room)
     except Exception as error:
-        if not should_reduce_batch_size(error):
+        if not memory.ran_out(error):
             raise
     everybody: list[_Trial | None] = gather_object([found])
     trials = [trial for trial in everybody if trial is not None]

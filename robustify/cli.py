@@ -288,8 +288,11 @@ def attach(purifier: str, classifier: str, out: Path, as_json: bool, **options: 
     """
     from robustify import report
     from robustify.attachment import attach as join
+    from robustify.harden import is_first_process
 
     folder = join(purifier, classifier, out, dataset=options.pop("data"), **options)
+    if not is_first_process():
+        return
     content = report.read(folder)
     click.echo(json.dumps(content, indent=2) if as_json else report.markdown(content))
     if not as_json:
@@ -470,12 +473,14 @@ def copy_recipe(name: str, path: Path | None) -> None:
     robustify recipes copy peeraid mine.yaml
     robustify distill --recipe mine.yaml --student resnet18
     """
+    from robustify.files import atomic_write
+
     found = config.find(name)
     target = path or Path(f"{found.name}.yaml")
     if target.exists():
         raise UsageError(f"expected a new file, but {target} exists; name another")
     text = found.path.read_text(encoding="utf-8") if found.path else ""
-    target.write_text(f"recipe: {found.name}\n{text}", encoding="utf-8")
+    atomic_write(target, f"recipe: {found.name}\n{text}")
     click.echo(target)
 
 

@@ -6,7 +6,8 @@
     ├── DataError             1   a data set cannot be read or does not fit
     ├── RunFolderError        1   a run folder is in use, foreign, unwritable or damaged
     ├── TrainingError         1   training cannot go on
-    └── HubError              1   the Hub refused, or cannot be reached
+    ├── HubError              1   the Hub refused, or cannot be reached
+    └── ElsewhereError        1   another process of this run failed, and says why itself
 
 The number is the exit code. A message says what was expected, what came, and what to do.
 """
@@ -47,6 +48,10 @@ class TrainingError(RobustifyError):
 
 class HubError(RobustifyError):
     """The Hub refused, or cannot be reached."""
+
+
+class ElsewhereError(RobustifyError):
+    """Another process of this run failed, and says why itself."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -318,6 +318,11 @@ class _Run:
         self.batch_size, self.seed, self.decided, self.done = batch_size, seed, decided, done
         self.processes = this_process() if sharded else None
         self.fallen: dict[int, tuple[str, Tensor]] = {}
+        # What fell before an interruption is known, but not what it fell to: a few fall again.
+        fell = [
+            (a, i) for a, images in self.done.items() for i, right in images.items() if not right
+        ]
+        self.again = set([(attack, i) for attack, i in fell if attack != "clean"][:EXAMPLES])
 
     def suite(self, suite: Suite, indices: Tensor, *, prefix: str = "") -> list[AttackOutcome]:
         """The outcomes of `suite` on the images at `indices`, over all processes; survivors are
@@ -325,7 +330,13 @@ class _Run:
         mine = indices
         if self.processes is not None:
             mine = indices[self.processes.process_index :: self.processes.num_processes]
-        known = {k.removeprefix(prefix): v for k, v in self.done.items() if k.startswith(prefix)}
+        known = {
+            attack.removeprefix(prefix): {
+                i: right for i, right in verdicts.items() if (attack, i) not in self.again
+            }
+            for attack, verdicts in self.done.items()
+            if attack.startswith(prefix)
+        }
         with constant(self.network, self.images[:8]) as victim:
             outcomes = run_suite(
                 victim, self.images[mine], self.labels[mine], suite=suite, threat=self.threat,
@@ -342,7 +353,8 @@ class _Run:
     ) -> None:
         if image_adv is not None and len(self.fallen) < EXAMPLES:
             self.fallen[image] = prefix + attack, image_adv.cpu()
-        self.decided(prefix + attack, image, right)
+        if image not in self.done.get(prefix + attack, ()):
+            self.decided(prefix + attack, image, right)
 
     def predictions(self) -> Tensor:
         """(n,) classes of the unperturbed images, on the CPU."""

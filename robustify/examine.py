@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ import robustify
 from robustify import data, models
 from robustify.classifier import Classifier
 from robustify.data import DataSet
-from robustify.errors import RunFolderError, UsageError
+from robustify.errors import ModelError, RunFolderError, UsageError
 from robustify.evaluation import LEVEL_OF_SUITE, Report, evaluate
 from robustify.gallery import gallery
 from robustify.journal import Journal, digest
+from robustify.memory import ran_out
 from robustify.plausible import Reference
-from robustify.processes import this_process
+from robustify.processes import first_holds, this_process
 from robustify.purifier import Purified, facts
 from robustify.report import complete, read, write_report
+from robustify.run_folder import locked
 from robustify.sensitivity import sensitivity
 from robustify.threat import Norm, ThreatModel, chosen
 from robustify.tiers import extend
@@ -81,7 +83,7 @@ def assess(
         bar.set_postfix_str(attack, refresh=False)
         bar.update()
 
-    with bar, closing(journal) if journal is not None else nullcontext():
+    with bar, closing(journal) if journal is not None else nullcontext(), _within_memory(journal):
         return evaluate(
             model, data.to_float(images).to(device), labels.to(device), suite=suite,
             norm=threat.norm, eps=threat.eps, seed=seed, batch_size=batch_size,
@@ -97,6 +99,26 @@ def assess(
             transfer_from=transfer_from,
             done=journal.verdicts if journal is not None else None,
         )  # fmt: skip
+
+
+@contextmanager
+def _within_memory(journal: Journal | None) -> Iterator[None]:
+    """Say in one line that memory ran out, with even the smallest batches or for the images."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        kept = "nothing was kept (evaluate --out FOLDER keeps every verdict)"
+        if journal is not None:
+            kept = (
+                f"every verdict so far is kept in {journal.path.parent}, and with more memory free "
+                "the same command goes on from them"
+            )
+        raise ModelError(
+            f"out of memory in the evaluation; {kept}; to need less, evaluate with a smaller "
+            "--batch-size or --limit"
+        ) from error
 
 
 def examine(
@@ -117,7 +139,7 @@ def examine(
 
     Data set and threat model are those named in the model's metadata, unless given. The first of
     several `eps` is the headline, all of them together the curve. `transfer_from` names further
-    models; what PGD finds on them is tried on this one.
+    models; what PGD finds on them is tried on this one. `out` is held against other processes.
     """
     classifier = models.load(model)
     process = this_process()
@@ -136,30 +158,34 @@ def examine(
     surrogates = {other: models.load(other).to(process.device) for other in transfer_from}
     for other, surrogate in surrogates.items():
         fit_together(surrogate, loaded, other)
-    reports = [
-        assess(classifier, loaded, threat, suite=suite, limit=limit, seed=seed,
-               batch_size=batch_size, transfer_from=surrogates,
-               out=out and out / f"eps-{threat.eps:.6g}")
-        for threat in threats
-    ]  # fmt: skip
-    if not process.is_main_process:
-        return None
-    about: dict[str, Any] = {
-        "model": {**models.describe(classifier), "weights_hash": models.weights_hash(classifier)},
-        "data": loaded,
-        "more": {"notices": list(classifier.about.get("record", {}).get("notices", ()))},
-    }
-    if isinstance(classifier, Purified):
-        about["model"] |= facts(classifier)
-        reports[0], about["more"] = extend(
-            reports[0], classifier, loaded, more=about["more"], batch_size=batch_size
-        )
-    about["more"] |= masking(classifier, loaded, reports[0]) | shown(reports[0], loaded)
-    if len(reports) > 1:
-        about["more"]["curve"] = [curve_point(report) for report in reports]
-    if out is not None:
-        write_report(out, reports[0], **about)
-    return complete(reports[0], **about)
+    with nullcontext() if out is None else first_holds(locked(out)):
+        reports = [
+            assess(classifier, loaded, threat, suite=suite, limit=limit, seed=seed,
+                   batch_size=batch_size, transfer_from=surrogates,
+                   out=out and out / f"eps-{threat.eps:.6g}")
+            for threat in threats
+        ]  # fmt: skip
+        if not process.is_main_process:
+            return None
+        about: dict[str, Any] = {
+            "model": {
+                **models.describe(classifier),
+                "weights_hash": models.weights_hash(classifier),
+            },
+            "data": loaded,
+            "more": {"notices": list(classifier.about.get("record", {}).get("notices", ()))},
+        }
+        if isinstance(classifier, Purified):
+            about["model"] |= facts(classifier)
+            reports[0], about["more"] = extend(
+                reports[0], classifier, loaded, more=about["more"], batch_size=batch_size
+            )
+        about["more"] |= masking(classifier, loaded, reports[0]) | shown(reports[0], loaded)
+        if len(reports) > 1:
+            about["more"]["curve"] = [curve_point(report) for report in reports]
+        if out is not None:
+            write_report(out, reports[0], **about)
+        return complete(reports[0], **about)
 
 
 def _require_own(out: Path, weights_hash: str, name: str) -> None:

@@ -28,6 +28,14 @@ def atomic_write(path: str | Path, content: bytes | str) -> None:
         file.write(data)
 
 
+def make_folder(folder: Path) -> None:
+    """Create `folder`, and its parents, unless it is there. Raises `RunFolderError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(refusal(folder, error.errno or errno.EIO)) from error
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to; on leaving the block it takes the place of `path`.
@@ -38,7 +46,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        _remove_orphans(path)
+        remove_orphans(path.parent, path.name)
         # Opened here and not only by the caller, because the kernel then applies the umask.
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         mode = os.fstat(descriptor).st_mode & 0o777
@@ -51,14 +59,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with suppress(OSError):
             partial.unlink()
         if number := _error_number(error):
-            raise RunFolderError(_refusal(path, number)) from error
+            raise RunFolderError(refusal(path, number)) from error
         raise
     _flush_folder(path)
 
 
-def _remove_orphans(path: Path) -> None:
-    """Remove what killed processes left beside `path`; a living process keeps its own."""
-    for orphan in path.parent.glob(f".{path.name}.*.partial"):
+def remove_orphans(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of files called `name` in `folder`; a living process keeps
+    its own."""
+    for orphan in folder.glob(f".{name}.*.partial"):
         owner = orphan.name.split(".")[-2]
         if owner.isdecimal() and not _is_alive(int(owner)):
             with suppress(OSError):
@@ -108,14 +117,26 @@ def _error_number(error: BaseException) -> int:
     return 0
 
 
-def _refusal(path: Path, number: int) -> str:
-    """One line: what could not be written, what survives, what to do."""
+def refusal(path: Path, number: int) -> str:
+    """One line on the system's error `number`: what could not be written, what survives, what to
+    do."""
     survives = "the file as it was is intact" if path.exists() else "nothing was left half-written"
+    advice = "check the folder and run the same command again"
     if number in _FULL:
-        cause, advice = "the disk is full", "free some space and run the same command again"
+        advice = "free some space and run the same command again"
     elif number in _READ_ONLY:
-        cause = f"the folder {path.parent} cannot be written"
         advice = "change its permissions or choose another folder"
-    else:
-        cause, advice = os.strerror(number), "check the folder and run the same command again"
-    return f"could not write {path}: {cause}; {survives}; {advice}"
+    elif number == errno.ENOENT:
+        advice = "if it was moved or removed, put it back, and run the same command again"
+    return f"could not write {path}: {cause(path, number)}; {survives}; {advice}"
+
+
+def cause(path: Path, number: int) -> str:
+    """The system's error `number` on writing `path`, in words."""
+    if number in _FULL:
+        return "the disk is full"
+    if number in _READ_ONLY:
+        return f"the folder {path.parent} cannot be written"
+    if number == errno.ENOENT:
+        return f"{os.strerror(number)}: {path.parent}"
+    return os.strerror(number)

@@ -8,8 +8,9 @@ import itertools
 import json
 import logging
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -19,7 +20,11 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+)
 
 from robustify import config, course, data, models
 from robustify.attacks.pgd import pgd
@@ -31,7 +36,7 @@ from robustify.errors import UsageError
 from robustify.examine import assess, masking, shown, versions
 from robustify.frozen import Frozen
 from robustify.objective import Objective
-from robustify.processes import on_cpu, this_process
+from robustify.processes import PATIENCE, first_holds, on_cpu, said, this_process
 from robustify.profiling import profiling
 from robustify.purifier import Purified, facts
 from robustify.report import write_report
@@ -45,6 +50,7 @@ from robustify.weights import WEIGHTS_FILE
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+AGAIN_AFTER = 1.0  # seconds after which a second Ctrl-C is a person's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,12 +210,11 @@ def run(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
         known = folder.record.get("run", {}).get("training", {}).get("batch_size")
         job = _of_batch_size(job, known) if known and resume else sized(job)
     accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
-    owner = accelerator.is_main_process
-    with folder.held(job.describe(), resume=resume) if owner else nullcontext():
-        accelerator.wait_for_everyone()
+    with first_holds(folder.held(job.describe(), resume=resume)):
         evaluation = {"suite": job.suite, "limit": job.limit}
-        if folder.record.get("status") == "finished":
-            if folder.record.get("evaluation", evaluation) == evaluation:
+        record = said(folder.record if accelerator.is_main_process else None)
+        if record.get("status") == "finished":
+            if record.get("evaluation", evaluation) == evaluation:
                 log.warning("%s is already finished; --no-resume trains it anew", folder.path)
                 return folder.path
             log.warning("%s is already trained; evaluating it as asked now", folder.path)
@@ -260,7 +265,10 @@ def new_accelerator(precision: str, accumulate: int, seed: int) -> Accelerator:
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=accumulate,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=False),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
 
 
@@ -415,14 +423,19 @@ def _leave(
 
 @contextmanager
 def interruptible() -> Iterator[Any]:
-    """Turn the first SIGINT or SIGTERM into a question to be asked; a second one is obeyed."""
-    received: list[int] = []
+    """Turn the first SIGINT or SIGTERM into a question to be asked; a second SIGINT is obeyed.
+
+    Not a second SIGTERM, nor a SIGINT within a second: launchers and schedulers repeat each other.
+    """
+    received: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received:
+        now = time.monotonic()
+        if not received:
+            log.warning("finishing this step and saving; Ctrl-C again to stop at once")
+        elif number == signal.SIGINT and now - received[0] > AGAIN_AFTER:
             raise KeyboardInterrupt
-        received.append(number)
-        log.warning("finishing this step and saving; interrupt again to stop at once")
+        received.append(now)
 
     try:
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -8,13 +8,15 @@ processes may change in between.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from robustify.errors import RunFolderError
+from robustify.files import cause
 
 Verdicts = dict[str, dict[int, bool]]  # attack -> image -> still right
 
@@ -33,12 +35,14 @@ class Journal:
             self._read(path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file: TextIO = self._open()
+            # Unbuffered: what the disk refused must not come again when the file is closed.
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise RunFolderError(
                 f"expected a folder that can be written, got {folder}: {error.strerror}; choose "
                 "another --out"
             ) from None
+        self._begin()
 
     def done(self, prefix: str) -> Verdicts:
         """The verdicts of attacks called `prefix` + name, by name."""
@@ -54,40 +58,42 @@ class Journal:
         """Close the file; the verdicts stay readable."""
         self.file.close()
 
-    def _open(self) -> TextIO:
-        written = self.path.read_bytes() if self.path.is_file() else b""
-        new = b"\n" not in written  # killed while it said which evaluation it is: nothing is lost
-        file = self.path.open("w" if new else "a", encoding="utf-8")
-        if new:
-            file.write(json.dumps(self.identity) + "\n")
+    def _begin(self) -> None:
+        """Say which evaluation this is, and end a line that a kill tore."""
+        written = self.path.read_bytes()
+        if b"\n" not in written:  # killed while it said which evaluation it is: nothing is lost
+            self.file.truncate(0)
+            self._write(self.identity)
         elif not written.endswith(b"\n"):
-            file.write("\n")
-        file.flush()
-        return file
+            self._append(b"\n")
 
     def _write(self, line: Mapping[str, Any]) -> None:
+        self._append(json.dumps(line).encode() + b"\n")
+
+    def _append(self, data: bytes) -> None:
         try:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            while data:
+                data = data[self.file.write(data) :]
         except OSError as error:
             raise RunFolderError(
-                f"could not write {self.path}: {error.strerror}; the verdicts before it are kept, "
-                "the same command goes on from them"
+                f"could not write {self.path}: {cause(self.path, error.errno or errno.EIO)}; the "
+                "verdicts before it are kept, and the same command goes on from them"
             ) from None
 
     def _read(self, path: Path) -> None:
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
+        for number, text in enumerate(path.read_bytes().splitlines()):
             try:
                 line = json.loads(text)
             except ValueError:
                 continue  # torn by a kill; decided again
-            if number == 0 and line != self.identity:
+            if number == 0 and isinstance(line, dict) and line != self.identity:
                 raise RunFolderError(
                     f"{path} belongs to another evaluation ({_difference(line, self.identity)}); "
                     "choose another --out"
                 )
-            if "attack" in line:
-                self.verdicts.setdefault(line["attack"], {})[line["image"]] = line["right"]
+            match line:
+                case {"attack": str(attack), "image": int(image), "right": bool(right)}:
+                    self.verdicts.setdefault(attack, {})[image] = right
 
 
 def digest(identity: Mapping[str, Any]) -> str:

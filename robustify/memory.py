@@ -1,4 +1,4 @@
-"""Memory: how much a device has left, and what images need of it."""
+"""Memory: how much a device has left, what images need of it, and how its end is told."""
 
 from __future__ import annotations
 
@@ -15,6 +15,22 @@ _CGROUP = Path("/sys/fs/cgroup")  # what a container or a SLURM job is allowed
 EVALUATED = {"cpu": 250, "cuda": 2000}  # images at most: beyond that a pass gets no cheaper
 _SHARE = 4  # of what is free, an evaluation's activations take one part in so many
 _ROWS = 8  # images that are tried, and the least that an evaluation takes at once
+
+_WORDS = (
+    "can't allocate memory",  # torch on Linux
+    "not enough memory",  # torch elsewhere
+    "could not create a primitive",  # oneDNN, which runs the convolutions of a CPU
+    "could not create a memory",
+    "std::bad_alloc",
+    "out of memory",
+)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that the memory of a GPU, or of the machine, was not enough."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
 def free(device: torch.device) -> int:

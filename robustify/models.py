@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from robustify import remote, transformers_networks
 from robustify.classifier import Classifier, describe, hub_config, match_labels
 from robustify.errors import HubError, ModelError, UsageError, suggest
-from robustify.files import atomic_write
+from robustify.files import atomic_write, make_folder
 from robustify.frozen import weights_hash
 from robustify.networks import SMALL_IMAGE, small_variant
 from robustify.purifier import Purified, purifier_file, read_purifier, write_purifier
@@ -226,7 +226,7 @@ def save(
     cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if isinstance(classifier, Purified):
         write_purifier(classifier, folder / PURIFIER_FILE, about or {})
         save(classifier.classifier, folder / CLASSIFIER_FOLDER)

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from robustify.classifier import Classifier, describe
 from robustify.errors import ModelError, UsageError
-from robustify.files import replacing
+from robustify.files import atomic_write
 from robustify.frozen import Frozen, weights_hash
 from robustify.weights import HEADER_KEY, PURIFIER_FILE, read_safetensors
 
@@ -253,8 +253,7 @@ def write_purifier(purified: Purified, path: Path, about: Mapping[str, Any]) -> 
         raise ModelError("expected a purifier with finite weights to save, got NaN or infinity")
     recorded = {**facts(purified), "about": {**purified.about, **about}}
     header = {"format": "pt", HEADER_KEY: json.dumps(recorded, sort_keys=True, ensure_ascii=False)}
-    with replacing(path) as partial:
-        save_file(plain, partial, header)
+    atomic_write(path, serialize(plain, header))
 
 
 def purifier_file(name: str | Path) -> Path | None:

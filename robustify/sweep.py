@@ -17,7 +17,8 @@ import yaml
 from robustify import comparison, harden, report
 from robustify.errors import UsageError
 from robustify.files import atomic_write
-from robustify.run_folder import RECORD
+from robustify.processes import first_holds
+from robustify.run_folder import RECORD, locked
 
 
 def combinations(pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -73,14 +74,15 @@ def run(
     folder = out if out is not None else default_folder(next(iter(jobs.values())))
     if (folder / RECORD).exists():
         raise UsageError(f"expected a folder for several runs, but {folder} is one; name another")
-    left = {name: harden.run(job, folder / name, resume=resume) for name, job in jobs.items()}
-    if harden.is_first_process():
-        contents = [report.read(path) for path in left.values()]
-        for suffix, made in (
-            ("md", comparison.compare_markdown),
-            ("html", comparison.compare_html),
-        ):
-            atomic_write(folder / f"comparison.{suffix}", made(contents, names=list(left)))
+    with first_holds(locked(folder)):
+        left = {name: harden.run(job, folder / name, resume=resume) for name, job in jobs.items()}
+        if harden.is_first_process():
+            contents = [report.read(path) for path in left.values()]
+            for suffix, made in (
+                ("md", comparison.compare_markdown),
+                ("html", comparison.compare_html),
+            ):
+                atomic_write(folder / f"comparison.{suffix}", made(contents, names=list(left)))
     return left
 
 

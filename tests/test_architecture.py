@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "robustify"
 LEVELS = [
-    {"errors", "processes"},
+    {"errors"},
+    {"processes"},
     {
         "noise",
         "losses",

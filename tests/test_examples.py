@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,55 @@ def test_the_cost_of_imagenet_is_counted(tmp_path):
     # A forward and a backward for the weights; three of both for the attack besides.
     assert (standard[2], pgd_at[2]) == ("2", "8")
     assert (standard[3], pgd_at[3]) == ("0.13", "0.51")  # of 1,276,167 images in 50 epochs
+
+
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done  # srun's own options
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1 $2" = "show hostnames" ]; then echo localhost; else echo "$@" >> requeued; fi
+"""
+
+
+def test_a_slurm_job_goes_on_after_its_time_was_over(tmp_path):
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (stubs / name).write_text(text)
+        (stubs / name).chmod(0o755)
+    options = (
+        "--image-size 32 --batch-size 32 --train-limit 400 --epochs 3 --suite fgsm --limit 8 "
+        "--set attack.steps=4 --set training.checkpoint_seconds=0"
+    )
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "PATH": f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{EXAMPLES.parent}:{os.environ.get('PYTHONPATH', '')}",
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n[1]",
+        "RECIPE": "pgd_at", "STUDENT": "cnn_a", "DATA": "digits", "OUT": "run", "PROCESSES": "2",
+        "OPTIONS": options,
+    }  # fmt: skip
+
+    def submitted():
+        return subprocess.Popen(
+            ["bash", EXAMPLES / "slurm_imagenet.sbatch"], cwd=tmp_path, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    job = submitted()
+    while not list(tmp_path.glob("run/checkpoints/stage0-*")):
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    out, err = job.communicate(timeout=100)
+    assert job.returncode != 0
+    assert "interrupted; the same command continues" in err
+    assert "back into the queue, to go on from the last checkpoint" in out
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n"
+    job = submitted()
+    out, err = job.communicate(timeout=300)
+    assert job.returncode == 0, err
+    assert "resuming student at epoch" in err
+    assert "Robustness of cnn_a on digits" in out
+    assert (tmp_path / "requeued").read_text().count("requeue") == 1

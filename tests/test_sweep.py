@@ -115,7 +115,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_like_an_untouched_one(run, tmp_pa
     assert run(*command, "--out", tmp_path / "parts")[0] == 130
     records = [json.loads((tmp_path / "parts" / f"training.lr={lr}" / "robustify.json").read_text())
                for lr in ("1e-3", "1e-2")]  # fmt: skip
-    assert [record["status"] for record in records] == ["finished", "training"]
+    assert [record["status"] for record in records] == ["finished", "interrupted"]
     assert not (tmp_path / "parts" / "comparison.md").exists()
     code, out = run(*command, "--out", tmp_path / "parts", "--json")
     assert code == 0

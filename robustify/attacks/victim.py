@@ -5,10 +5,13 @@ fully connected and BatchNorm networks, an image's logits and gradients change i
 it shares its batch with fewer than three others, and are bit-identical in every larger batch at
 every position. So a batch is padded to a multiple of eight by repeating its last image. Padding is
 not work that was asked for and is not counted in `passes`.
+
+For the same reason a batch that memory does not hold may be asked in parts: nothing changes.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +19,9 @@ from torch import Tensor
 
 from robustify.attacks.passes import Passes
 from robustify.errors import DataError
+from robustify.memory import ran_out
+
+log = logging.getLogger(__name__)
 
 _ROWS = 8  # batches are padded to a multiple of this
 
@@ -33,6 +39,7 @@ class Victim:
         self.model = model
         self.samples = samples
         self.passes = Passes()
+        self._most: int | None = None  # images at once, where more ran out of memory
 
     def logits(self, images: Tensor) -> Tensor:
         """(N, K) logits, without a graph; the mean of the samples."""
@@ -70,15 +77,21 @@ class Victim:
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits, and one gradient per loss from a single forward."""
         rows = torch.arange(len(images), device=images.device)
-        with torch.enable_grad():
-            variable = images.detach().clone().requires_grad_()
-            logits = self._forward(variable)
-            gradients = []
-            for loss in losses:
-                summed = loss(logits, rows).sum()
-                gradients.append(torch.autograd.grad(summed, variable, retain_graph=True)[0])
+
+        def ask(part: slice) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                variable = images[part].detach().clone().requires_grad_()
+                logits = self._answer(variable)
+                gradients = []
+                for loss in losses:
+                    summed = loss(logits, rows[part]).sum()
+                    gradients.append(torch.autograd.grad(summed, variable, retain_graph=True)[0])
+            return logits.detach(), *gradients
+
+        logits, *gradients = self._in_parts(ask, len(images))
+        self.passes.forward += len(images)
         self.passes.backward += len(images) * len(losses)
-        return logits.detach(), gradients
+        return logits, gradients
 
     def _sampled_gradient(
         self, images: Tensor, loss: LossOfLogits, rows: Tensor
@@ -90,17 +103,49 @@ class Victim:
     def _one_gradient(
         self, images: Tensor, loss: LossOfLogits, rows: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.enable_grad():
-            variable = images.detach().clone().requires_grad_()
-            logits = self._forward(variable)
-            losses = loss(logits, rows)
-            (gradient,) = torch.autograd.grad(losses.sum(), variable)
+        def ask(part: slice) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                variable = images[part].detach().clone().requires_grad_()
+                logits = self._answer(variable)
+                losses = loss(logits, rows[part])
+                (gradient,) = torch.autograd.grad(losses.sum(), variable)
+            return logits.detach(), losses.detach(), gradient
+
+        logits, losses, gradient = self._in_parts(ask, len(images))
+        self.passes.forward += len(images)
         self.passes.backward += len(images)
-        return logits.detach(), losses.detach(), gradient
+        return logits, losses, gradient
 
     def _forward(self, images: Tensor) -> Tensor:
+        (logits,) = self._in_parts(lambda part: (self._answer(images[part]),), len(images))
+        self.passes.forward += len(images)
+        return logits
+
+    def _in_parts(self, ask: Callable[[slice], tuple[Tensor, ...]], count: int) -> list[Tensor]:
+        """What `ask` answers for the rows 0 … count - 1: all at once, or in the parts that memory
+        holds. Raises what `ask` raises where it does not hold eight."""
+        answers: list[tuple[Tensor, ...]] = []
+        start = 0
+        while start < count or not answers:
+            size = min(self._most or count, count - start)
+            try:
+                answers.append(ask(slice(start, start + size)))
+                start += size
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error) or size <= _ROWS:
+                    raise
+            # Here and not in the handler: until it is left, the error keeps what it ran out with.
+            self._most = max(_ROWS, size // 2 // _ROWS * _ROWS)
+            log.warning("out of memory with %d images at once; going on with %d", size, self._most)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        if len(answers) == 1:
+            return list(answers[0])
+        return [torch.cat(each) for each in zip(*answers, strict=True)]
+
+    def _answer(self, images: Tensor) -> Tensor:
         count = len(images)
-        self.passes.forward += count
         missing = -count % _ROWS
         if missing:
             images = torch.cat([images, images[-1:].expand(missing, *images.shape[1:])])
