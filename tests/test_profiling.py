@@ -14,6 +14,7 @@ from robustify.train import fit
 def fitted(folder, *, wanted, **settings):
     """A short stage under `profiling`."""
     run = stage(epochs=2, **settings)
+    folder.mkdir(exist_ok=True)
     with profiling(folder, "short", wanted=wanted) as on_step:
         fit(run, checkpoints=Checkpoints(folder / "checkpoints"), on_step=on_step)
     return weights(run)
