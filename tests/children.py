@@ -100,9 +100,17 @@ class Ranks:
             for rank in range(count)
         ]
 
-    def end(self):
+    def end(self, timeout=120):
         """What `Child.end` returns, of each."""
-        return [child.end() for child in self.children]
+        return [child.end(timeout) for child in self.children]
+
+
+def launch(count, *command):
+    """Run COMMAND in so many processes, which must all succeed; what the first one printed."""
+    found = Ranks(count, *command).end(500) if count > 1 else [Child(*command).end(500)]
+    assert [code for code, _, _ in found] == [0] * count, [said for _, _, said in found]
+    assert not any(out for _, out, _ in found[1:])
+    return found[0][1]
 
 
 def _as_rank(rank, count, port, fault):

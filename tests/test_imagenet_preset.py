@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from children import launch
 from PIL import Image
-from test_processes import launch
 
 from robustify import data
 

@@ -14,7 +14,7 @@ import time
 from functools import partial
 
 import pytest
-from children import Ranks, at_opening, robustify
+from children import Ranks, at_opening, launch
 from safetensors import safe_open
 
 from robustify.run_folder import RECORD, locked
@@ -29,14 +29,6 @@ SHORT = [*TRAIN, "12", "--batch-size", "32", "--set", "training.checkpoint_secon
          "attack.steps=2", "--suite", "apgd-ce", "--limit", "16", "--out"]  # fmt: skip
 LOST = ("robustify: another process of this run ended or cannot be reached; what was saved is "
         "intact, and the same command continues")  # fmt: skip
-
-
-def ended(count, *command):
-    """Run COMMAND in so many processes, which must all succeed; what the first one printed."""
-    found = Ranks(count, *command).end() if count > 1 else [robustify(*command)]
-    assert [code for code, _, _ in found] == [0] * count, [said for _, _, said in found]
-    assert all(not out for _, out, _ in found[1:])
-    return found[0][1]
 
 
 def losses(folder):
@@ -55,7 +47,7 @@ def runs(tmp_path_factory):
     folders = {}
     for count in (1, 2, 4):
         folders[count] = tmp_path_factory.mktemp("runs") / str(count)
-        ended(count, *TRAIN, "6", "--batch-size", 64 // count, "--out", folders[count])
+        launch(count, *TRAIN, "6", "--batch-size", 64 // count, "--out", folders[count])
     return folders
 
 
@@ -63,7 +55,7 @@ def runs(tmp_path_factory):
 def whole(tmp_path_factory):
     """The folder of a short run of two processes that nothing happens to."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    ended(2, *SHORT, folder)
+    launch(2, *SHORT, folder)
     return folder
 
 
@@ -80,7 +72,7 @@ def test_an_evaluation_over_several_processes_gives_the_verdicts_of_one(runs, tm
     samples = set()
     for count, batch in ((1, 7), (2, 250), (4, 5)):
         out = tmp_path / str(count)
-        ended(
+        launch(
             count, "evaluate", runs[1], "--limit", 30, "--suite", "apgd-ce,square",
             "--batch-size", batch, "--out", out,
         )  # fmt: skip
@@ -89,7 +81,7 @@ def test_an_evaluation_over_several_processes_gives_the_verdicts_of_one(runs, tm
 
 
 def test_two_processes_in_bf16(runs, tmp_path):
-    ended(2, *TRAIN, "6", "--batch-size", "32", "--precision", "bf16", "--out", tmp_path / "run")
+    launch(2, *TRAIN, "6", "--batch-size", "32", "--precision", "bf16", "--out", tmp_path / "run")
     low, full = losses(tmp_path / "run"), losses(runs[2])
     assert low["loss"] == pytest.approx(full["loss"], rel=0.05)
     assert low["loss"] != full["loss"]
@@ -107,7 +99,7 @@ def test_an_interrupt_that_one_process_sees_stops_all_after_the_same_step(whole,
     assert (code, other, silent) == (130, 130, [])
     assert said == ["interrupted; the same command continues"]
     assert json.loads((tmp_path / "run" / RECORD).read_text())["status"] == "interrupted"
-    ended(2, *SHORT, tmp_path / "run")
+    launch(2, *SHORT, tmp_path / "run")
     assert left(tmp_path / "run") == left(whole)
 
 
@@ -131,7 +123,7 @@ def test_a_process_that_dies_does_not_leave_the_other_waiting(whole, tmp_path, p
     assert time.monotonic() - started < 60
     assert (code, killed) == (1, -signal.SIGKILL)
     assert said == [LOST]
-    ended(2, *SHORT, tmp_path / "run")
+    launch(2, *SHORT, tmp_path / "run")
     assert left(tmp_path / "run") == left(whole)
 
 

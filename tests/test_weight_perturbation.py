@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+from children import launch
 from loops import CrossEntropy, stage, tiny, weights
-from test_processes import launch
 from torch import nn
 
 from robustify.attacks import pgd as attack
