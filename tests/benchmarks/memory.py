@@ -3,8 +3,8 @@
     python tests/benchmarks/memory.py [--record]
 
 Every case is a process of its own with one thread: its peak resident memory less what it had after
-the imports, for two batch sizes; the difference between them, per image, is what an image costs,
-and what is left of the smaller one (`fixed`) is weights, gradients, optimizer and code. Steps are
+the imports, for two batch sizes (`smaller`, `larger`). The difference between them, per image, is
+what an image costs, and what is left (`fixed`) is weights, gradients, optimizer and code. Steps are
 PeerAiD's, with an attack of two steps, which has the peak of any longer one. Evaluation is a whole
 `fast` suite on one batch; beside it stands one forward and backward of the same batch, which is the
 least that an attack by gradients can do.
@@ -54,8 +54,9 @@ def row(network: str, size: int, batches: tuple[int, int], side: str) -> results
     return {
         "network": f"{network}, {size} px",
         "what": side,
-        f"batch {batches[0]}": small,
-        f"batch {batches[1]}": large,
+        "batches": " and ".join(map(str, batches)),
+        "smaller": small,
+        "larger": large,
         "per image": per_image,
         "fixed": small - per_image * batches[0],
     }
@@ -90,7 +91,8 @@ def peak(network: str, size: int, batch: int, side: str) -> float:
         torch.autograd.grad(loss, images)
     else:
         threat = work.objective.threat
-        run_suite(model, work.images, labels, suite=make_suite("fast", threat, 10), threat=threat)
+        suite = make_suite("fast", threat, 10)
+        run_suite(model, work.images, labels, suite=suite, threat=threat, batch_size=batch)
     return _resident() - before
 
 

@@ -198,10 +198,8 @@ def sa_mdrad(n: Objective, images: Tensor, labels: Tensor, start: Start) -> Step
     for own in (map_adv, map_clean):
         for k, maps in enumerate(maps_of):
             standardized = n.features.standardizers[k](maps)
-            projected = n.features.projectors[k](own, maps.shape[-2:])
-            loss = (
-                loss + 0.5 * (gated[k] * (projected - standardized).pow(2).mean((1, 2, 3))).mean()
-            )
+            apart = n.features.projectors[k](own, maps.shape[-2:]) - standardized
+            loss = loss + 0.5 * (gated[k] * apart.pow(2).mean((1, 2, 3))).mean()
     return loss, images_adv
 
 
