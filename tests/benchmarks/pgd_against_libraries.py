@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import results
 import torch
+from steps import settle
 from timing import least
 from torch import Tensor, nn
 
@@ -87,9 +88,9 @@ def victim(architecture: str, count: int) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     model = models.create(architecture, num_classes=10, image_size=32).eval()
     images = torch.rand(count, 3, 32, 32)
+    settle(model, images)
     with torch.no_grad():
-        model.train()(images)
-        return model, images, model.eval()(images).argmax(1)
+        return model, images, model(images).argmax(1)
 
 
 def main() -> None:

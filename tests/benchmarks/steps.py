@@ -73,13 +73,13 @@ def new(
     noise = Noise.for_batch(0, images)
     for module in objective.modules():
         if isinstance(module, Classifier):
-            _settle(module, images)
+            settle(module, images)
     objective.prepare(iter([(images, labels, noise)]))
     return Work(case, objective, images, labels, noise)
 
 
 @torch.no_grad()
-def _settle(network: Classifier, images: Tensor) -> None:
+def settle(network: Classifier, images: Tensor) -> None:
     """Give BatchNorm the statistics of `images`: as initialized, logits mean nothing."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     modes = [(module, module.training) for module in network.modules()]

@@ -249,8 +249,8 @@ CASES = {
     "mtard": Case(mtard, teachers=[None, None]),
     "peeraid": Case(peeraid),
     "sa_mdrad": Case(sa_mdrad, teachers=["vgg16_bn", "densenet121", "resnet34"]),
-    "teacher_assistant": Case(
+    "teacher_assistant, a link": Case(
         teacher_assistant, teachers=[None], settings={"temperature_training": "plain"}
     ),
-    "purifier": Case(purifier, stage="end-to-end teacher"),
+    "purifier, robust teacher": Case(purifier, stage="end-to-end teacher"),
 }
