@@ -13,6 +13,7 @@ any number of cores. Efficiency is against one process.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -34,19 +35,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     counts, repeats = [*map(int, arguments.processes.split(","))], arguments.repeats
-    steps, limits = (2, 42), (20, 360)
+    steps, limits, suite = (2, 42), (20, 360), "fast"
     if arguments.quick:
-        counts, steps, limits, repeats = [2], (0, 1), (0, 4), 1
+        counts, steps, limits, suite, repeats = [1], (0, 1), (0, 4), "fgsm", 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         training = training_rows(folder, counts, steps, repeats)
-        evaluation = evaluation_rows(folder, counts, limits, repeats)
+        evaluation = evaluation_rows(folder, counts, suite, limits, repeats)
     cores = len(os.sched_getaffinity(0))
     where = f"{cores} core{'s' * (cores > 1)}"
     tables = {
         f"`distill --recipe peeraid --student cnn_a`, digits at 32 px, global batch {BATCH}, "
         f"{where}": training,
-        f"`evaluate --suite fast` of what one process trained, {where}": evaluation,
+        f"`evaluate --suite {suite}` of what one process trained, {where}": evaluation,
     }
     results.show("scaling", tables, record=arguments.record)
 
@@ -99,26 +100,24 @@ def training_rows(
 
 
 def evaluation_rows(
-    folder: Path, counts: list[int], limits: tuple[int, int], repeats: int
+    folder: Path, counts: list[int], suite: str, limits: tuple[int, int], repeats: int
 ) -> list[results.Row]:
     """Rates of `evaluate` and the hash of its verdicts."""
-    rows = []
+    rows, numbers = [], itertools.count()
+    outs: dict[int, Path] = {}  # of the last run, which is the longest, by processes
 
     def run(processes: int, limit: int) -> Spent:
-        out = folder / f"evaluate-{processes}-{limit}"
-        for number in range(repeats):  # a folder that is finished would not be evaluated again
-            if not out.exists():
-                break
-            out = folder / f"evaluate-{processes}-{limit}-{number}"
+        # A folder of its own: an evaluation that is finished would not be made again.
+        out = outs[processes] = folder / f"evaluate-{next(numbers)}"
         return launch(
-            processes, "evaluate", folder / f"distill-{counts[0]}", "--suite", "fast",
+            processes, "evaluate", folder / f"distill-{counts[0]}", "--suite", suite,
             "--limit", limit, "--out", out,
         )  # fmt: skip
 
     for processes in counts:
         images = limits[1] - limits[0]
         rates = between(lambda limit, p=processes: run(p, limit), *limits, images, repeats)
-        samples = (folder / f"evaluate-{processes}-{limits[1]}" / "samples.jsonl").read_bytes()
+        samples = (outs[processes] / "samples.jsonl").read_bytes()
         digest = hashlib.sha256(samples).hexdigest()[:12]
         rows.append(_row(processes, rates, rows) | {"samples.jsonl": digest})
     return rows
