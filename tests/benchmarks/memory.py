@@ -6,8 +6,8 @@ Every case is a process of its own with one thread: its peak resident memory les
 the imports, for two batch sizes (`smaller`, `larger`). The difference between them, per image, is
 what an image costs, and what is left (`fixed`) is weights, gradients, optimizer and code. Steps are
 PeerAiD's, with an attack of two steps, which has the peak of any longer one. Evaluation is a whole
-`fast` suite on one batch; beside it stands one forward and backward of the same batch, which is the
-least that an attack by gradients can do.
+`fast` suite on one batch, of which few images outlive the first attack; beside it stands one
+forward and backward of the same batch, which is the least that an attack by gradients can do.
 """
 
 from __future__ import annotations
