@@ -1,10 +1,11 @@
 """`standard` beside an implementation that can be installed: torchattacks, or the authors' own.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/evaluation_against_libraries.py MODEL \\
-        --data cifar10 --norm L2 --eps 0.5 --against torchattacks
+        --data cifar10 --norm L2 --eps 0.5 --against torchattacks [--record]
 
-Both attack the same images of the same network one after the other in this process. Printed: the
-robust accuracy of each, agreement per image, model passes per image, CPU seconds and their ratios.
+Ours are `standard`, the same attacks, and `fast`, which is to find the same with less. All attack
+the same images of the same network one after the other in this process. Printed: the robust
+accuracy of each, agreement per image, model passes per image, CPU seconds and their ratios.
 torchattacks pins old versions of its dependencies: `pip install --no-deps torchattacks` puts it
 beside ours. The authors' AutoAttack is imported from a clone named by PYTHONPATH, and is the only
 one of the two with an L1 version.
@@ -12,12 +13,13 @@ one of the two with an L1 version.
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
+import sys
 import time
 from collections.abc import Callable
 
+import results
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from robustify import data, load
@@ -81,73 +83,103 @@ AGAINST = {"torchattacks": torchattacks, "autoattack": autoattack}
 
 def main() -> None:
     """Measure both and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--data", default="digits")
     parser.add_argument("--norm", default="Linf")
     parser.add_argument("--eps", type=parse_eps, default=8 / 255)
     parser.add_argument("--limit", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--suite", default="standard,fast", help="ours, one or several")
     parser.add_argument("--against", choices=AGAINST, default="torchattacks")
     arguments = parser.parse_args()
+    if importlib.util.find_spec(arguments.against) is None:
+        sys.exit(f"nothing to compare with: {arguments.against} is not installed")
     torch.set_num_threads(1)
     threat = ThreatModel(arguments.norm, arguments.eps)
-    test = data.load(arguments.data).test.take(arguments.limit)
+    limit = arguments.limit
+    if arguments.quick:
+        limit, threat = 2, ThreatModel(arguments.norm, 100 * arguments.eps)  # all fall at once
+    test = data.load(arguments.data).test.take(limit)
     images, labels = data.to_float(test.images), test.labels
     model = load(arguments.model).eval()
-    classes = model(images[:1]).shape[1]
 
+    name = arguments.against
+    theirs, passes, seconds, excess = measure_theirs(
+        model, images, labels, threat, AGAINST[name], arguments.seed
+    )
+    found = [{
+        "suite": name, "robust": f"{theirs.float().mean().item():.1%}", "agreement": None,
+        "passes": passes, "of theirs": 1.0, "CPU seconds": seconds, "of their seconds": 1.0,
+    }]  # fmt: skip
+    for suite in ["fast"] if arguments.quick else arguments.suite.split(","):
+        ours, own_passes, own_seconds = measure_ours(
+            model, images, labels, threat, suite, arguments.seed
+        )
+        found.append({
+            "suite": suite,
+            "robust": f"{ours.float().mean().item():.1%}",
+            "agreement": f"{(ours == theirs).float().mean().item():.1%}",
+            "passes": own_passes,
+            "of theirs": own_passes / passes,
+            "CPU seconds": own_seconds,
+            "of their seconds": own_seconds / seconds,
+        })  # fmt: skip
+    title = (
+        f"Beside {name} with AutoAttack's numbers of steps: {model.architecture}, "
+        f"{test_name(arguments.data)}, {threat}, n = {len(images)}, seed {arguments.seed}, one CPU "
+        f"thread; passes are model passes per image; its largest step outside the ball {excess:.0e}"
+    )
+    results.show("evaluation_against_libraries", {title: found}, record=arguments.record)
+
+
+def test_name(data_name: str) -> str:
+    """The data set without the folder that it lies in."""
+    return data_name.rstrip("/").rpartition("/")[2]
+
+
+def measure_ours(
+    model: nn.Module, images: Tensor, labels: Tensor, threat: ThreatModel, suite: str, seed: int
+) -> tuple[Tensor, float, float]:
+    """Who is still right, model passes per image, and CPU seconds."""
+    classes = model(images[:1]).shape[1]
     started = time.process_time()
     outcomes = run_suite(
         model,
         images,
         labels,
-        suite=make_suite("standard", threat, classes),
+        suite=make_suite(suite, threat, classes),
         threat=threat,
         batch_size=BATCH,
-        seed=arguments.seed,
+        seed=seed,
     )
-    our_seconds = time.process_time() - started
-    ours = outcomes[-1].survivors
-    our_passes = sum((outcome.passes for outcome in outcomes), Passes())
+    seconds = time.process_time() - started
+    passes = sum((outcome.passes for outcome in outcomes), Passes())
+    return outcomes[-1].survivors, passes.total / len(images), seconds
 
+
+def measure_theirs(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    threat: ThreatModel,
+    library: Callable[..., Callable],
+    seed: int,
+) -> tuple[Tensor, float, float, float]:
+    """The same of theirs, and how far outside the ball its images are at most."""
     counted = Counted(model)
-    attack = AGAINST[arguments.against](counted, threat, classes, arguments.seed)
+    attack = library(counted, threat, model(images[:1]).shape[1], seed)
     started = time.process_time()
     parts = [
         attack(images[i : i + BATCH].clone(), labels[i : i + BATCH].clone())
         for i in range(0, len(images), BATCH)
     ]
-    their_seconds = time.process_time() - started
+    seconds = time.process_time() - started
     with torch.no_grad():
         adversarial = torch.cat(parts)
-        theirs = model(adversarial).argmax(1) == labels
+        right = model(adversarial).argmax(1) == labels
     excess = (threat.distance(adversarial, images) - threat.eps).max().item()
-
-    n = len(images)
-    rows = [
-        ["robustify", 100 * ours.float().mean().item(), our_passes.total / n, our_seconds],
-        [
-            arguments.against,
-            100 * theirs.float().mean().item(),
-            counted.passes.total / n,
-            their_seconds,
-        ],
-    ]
-    print(
-        f"{arguments.model}, {arguments.norm} eps {arguments.eps:.4f}, n = {n}, "
-        f"seed {arguments.seed}"
-    )
-    print("after", {o.name: round(100 * o.survivors.float().mean().item(), 1) for o in outcomes})
-    headers = ["", "robust accuracy %", "passes per image", "CPU seconds"]
-    print(tabulate(rows, headers=headers, floatfmt=".1f"))
-    print(
-        f"agreement {(ours == theirs).float().mean().item():.3f}; "
-        f"passes {our_passes.total / counted.passes.total:.3f}, "
-        f"CPU seconds {our_seconds / their_seconds:.3f} of theirs; "
-        f"their largest step outside the ball {excess:.1e}",
-        flush=True,
-    )
+    return right, counted.passes.total / len(images), seconds, excess
 
 
 if __name__ == "__main__":

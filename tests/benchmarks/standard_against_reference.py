@@ -1,32 +1,33 @@
 """`standard` and `fast` beside the authors' AutoAttack, on two small robust networks.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/standard_against_reference.py [adv|mix] [SUITE]
+        [--limit N] [--record]
 
 Robust accuracy after each attack, agreement per image, model passes per image and CPU seconds, for
-the first 1,000 CIFAR-10 test images at Linf 2/255. Needs the reference figures, the networks and
-the images under $ROBUSTIFY_SHARED (`../shared` beside the checkout unless set); without them it
-says so and does nothing.
+the first CIFAR-10 test images at Linf 2/255. The reference's passes and CPU seconds are of 1,000
+images, and its CPU seconds of another machine: with a smaller --limit these compare the means of
+different images. Needs the reference figures, the networks and the images under $ROBUSTIFY_SHARED
+(`../shared` beside the checkout unless set); without them it says so and does nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import os
 import sys
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+import results
 import torch
+from results import SHARED
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from robustify.attacks.suite import AttackOutcome, make_suite, run_suite
 from robustify.threat import ThreatModel
 
-SHARED = Path(os.environ.get("ROBUSTIFY_SHARED", Path(__file__).parents[2].parent / "shared"))
-IMAGES = 1000
+IMAGES = 1000  # of the reference
 
 
 class Normalized(nn.Module):
@@ -73,56 +74,78 @@ def cifar10_test(count: int) -> tuple[Tensor, Tensor]:
     return images.contiguous(), torch.tensor(table["label"].to_pylist())
 
 
-def show(training: str, suite: str, outcomes: list[AttackOutcome]) -> None:
-    """Our figures, the reference's, and the ratio of the totals."""
+def rows(training: str, suite: str, outcomes: list[AttackOutcome]) -> list[results.Row]:
+    """A row for each attack, and one for all of them together."""
     stem = SHARED / f"models/reference/cifar10_cnn_a_{training}_Linf_2-255_{IMAGES}"
     reference = json.loads(stem.with_suffix(".json").read_text())
     per_image = np.load(stem.with_suffix(".npz"))
-    print(f"cnn_a_{training} {suite}: robust accuracy, (reference), agreement; per image: passes")
-    forward = backward = seconds = 0.0
-    for outcome in outcomes:
-        robust = outcome.survivors.float().mean().item()
-        line = f"  {outcome.name:8s} {robust:.3f}"
-        if suite == "standard":
-            theirs = torch.from_numpy(per_image[outcome.name])
-            agreement = (outcome.survivors == theirs).float().mean().item()
-            line += f" ({theirs.float().mean().item():.3f}) agree {agreement:.3f}"
-        passes = outcome.passes
-        line += f"  forward {passes.forward / IMAGES:8.2f} backward {passes.backward / IMAGES:7.2f}"
-        if suite == "standard" and outcome.name != "clean":
-            row = reference["attacks"][outcome.name]
-            line += f" ({row['forward_per_image']:.1f}, {row['backward_per_image']:.1f})"
-            line += f"  {outcome.seconds:.1f} CPU s ({row['cpu_seconds']:.1f})"
-        else:
-            line += f"  {outcome.seconds:.1f} CPU s"
-        print(line)
-        forward, backward = forward + passes.forward, backward + passes.backward
-        seconds += outcome.seconds
-    total = reference["total"]
-    theirs_total = total["forward_per_image"] + total["backward_per_image"]
-    ours = (forward + backward) / IMAGES
-    last = torch.from_numpy(per_image["square"]).float().mean().item()
-    gap = outcomes[-1].survivors.float().mean().item() - last
-    print(
-        f"  total    {ours:.1f} passes ({theirs_total:.1f}), share {ours / theirs_total:.3f}; "
-        f"{seconds:.1f} CPU s ({total['cpu_seconds_one_thread']}), "
-        f"share {seconds / total['cpu_seconds_one_thread']:.3f}; {100 * gap:+.1f} points",
-        flush=True,
-    )
+    found = [_row(outcome, per_image, reference, suite) for outcome in outcomes]
+    found.append(_total(outcomes, per_image, reference, suite))
+    return [{"network": f"cnn_a_{training}", "suite": suite, **row} for row in found]
+
+
+def _row(
+    outcome: AttackOutcome, per_image: Any, reference: dict[str, Any], suite: str
+) -> dict[str, Any]:
+    """One attack; beside it the reference's, where `suite` is the one that it ran."""
+    n = len(outcome.survivors)
+    row = {
+        "attack": outcome.name,
+        "robust": f"{outcome.survivors.float().mean().item():.1%}",
+        "reference": None,
+        "agreement": None,
+        "passes": outcome.passes.total / n,
+        "of its passes": None,
+        "CPU seconds": outcome.seconds,
+    }
+    if suite == "standard":
+        theirs = torch.from_numpy(per_image[outcome.name][:n])
+        row["reference"] = f"{theirs.float().mean().item():.1%}"
+        row["agreement"] = f"{(outcome.survivors == theirs).float().mean().item():.1%}"
+        if outcome.name in reference["attacks"]:
+            theirs = reference["attacks"][outcome.name]
+            row["of its passes"] = row["passes"] / _passes(theirs)
+    return row
+
+
+def _total(
+    outcomes: list[AttackOutcome], per_image: Any, reference: dict[str, Any], suite: str
+) -> dict[str, Any]:
+    """All attacks together, against the reference's last word."""
+    last, n = outcomes[-1].survivors, len(outcomes[-1].survivors)
+    theirs = torch.from_numpy(per_image["square"][:n])
+    passes = sum(outcome.passes.total for outcome in outcomes) / n
+    return {
+        "attack": "all",
+        "robust": f"{last.float().mean().item():.1%}",
+        "reference": f"{theirs.float().mean().item():.1%}",
+        "agreement": f"{(last == theirs).float().mean().item():.1%}",
+        "passes": passes,
+        "of its passes": passes / _passes(reference["total"]),
+        "CPU seconds": sum(outcome.seconds for outcome in outcomes),
+    }
+
+
+def _passes(row: dict[str, Any]) -> float:
+    return row["forward_per_image"] + row["backward_per_image"]
 
 
 def main() -> None:
     """Run what the command line names; both networks and both suites unless told."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.parser(__doc__)
     parser.add_argument("only", nargs="*", help="adv, mix, fast, standard, or an attack list")
     parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--limit", type=int, default=IMAGES)
     arguments = parser.parse_args()
     if not (SHARED / "models/reference").is_dir():
         sys.exit(f"nothing to compare with: {SHARED} is absent; set ROBUSTIFY_SHARED")
     torch.set_num_threads(1)
     only = arguments.only
-    images, labels = cifar10_test(IMAGES)
+    if arguments.quick:
+        only, arguments.limit = ["adv", "fast"], 8
+    images, labels = cifar10_test(arguments.limit)
     threat = ThreatModel("Linf", 2 / 255)
+    found = []
     for training in [name for name in ("adv", "mix") if name in only] or ["adv", "mix"]:
         for name in [word for word in only if word not in ("adv", "mix")] or ["fast", "standard"]:
             outcomes = run_suite(
@@ -133,7 +156,12 @@ def main() -> None:
                 threat=threat,
                 batch_size=arguments.batch_size,
             )
-            show(training, name, outcomes)
+            found += rows(training, name, outcomes)
+    title = (
+        f"Beside the authors' AutoAttack: CIFAR-10, Linf 2/255, n = {len(images)}, seed 0; passes "
+        f"are model passes per image, the reference's over {IMAGES} images"
+    )
+    results.show("standard_against_reference", {title: found}, record=arguments.record)
 
 
 if __name__ == "__main__":
