@@ -19,15 +19,15 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from robustify.errors import UsageError, suggest
-from robustify.threat import Norm
 
 SECTIONS = ("method", "attack", "training")
-DATA = {"image_size": int, "norm": Norm, "eps": float}  # what a preset may say about the data
+NORM = Literal["Linf", "L2", "L1"]  # `threat.Norm`, without importing torch for it
+DATA = {"image_size": int, "norm": NORM, "eps": float}  # what a preset may say about the data
 COMMON = Path(__file__).with_name("presets.yaml")
 ABOUT = {  # what a recipe says of itself, in text, and what is shown where it does not
     "idea": "not said",

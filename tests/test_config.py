@@ -7,6 +7,7 @@ import yaml
 
 from robustify import config, harden
 from robustify.errors import UsageError
+from robustify.threat import Norm
 
 EPS = 0.1
 
@@ -187,3 +188,7 @@ def test_a_preset_decides_size_and_threat_model_unless_they_are_given():
     job = harden.plan("trades", "resnet18", preset="imagenet", image_size=32, eps=0.1)
     assert job.dataset.image_size == 32
     assert job.threat.eps == 0.1
+
+
+def test_norms_are_those_of_threat_models():
+    assert config.NORM == Norm
