@@ -191,4 +191,4 @@ def test_a_preset_decides_size_and_threat_model_unless_they_are_given():
 
 
 def test_norms_are_those_of_threat_models():
-    assert config.NORM == Norm
+    assert Norm == config.NORM
