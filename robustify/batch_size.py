@@ -29,7 +29,8 @@ _TIMED = 2  # steps
 
 def find_batch_size(new_stage: Callable[[int], Stage]) -> int:
     """The batch size (per process) for the stages that `new_stage` makes for a size, each with
-    networks of its own. Several processes try the same sizes and stop together.
+    networks of its own and `alone`. Several processes try the same sizes and stop together, also
+    where memory ends for one of them.
 
     Raises `TrainingError` where not even 8 images fit.
     """
@@ -91,19 +92,19 @@ def _measure(stage: Stage) -> tuple[float, int]:
     """Images per second of a step, and the bytes that it needs at its peak."""
     device = stage.accelerator.device
     before = memory.in_use(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    memory.watch(device)
     stage.model.train()
     stage.schedule.step(0)
     # Not from the loader: of a stream it would fill its buffer first.
     images, labels, indices = next(iter(stage.train.batches(stage.settings.batch_size)))
     fetched = images.to(device), labels.to(device), indices.to(device)
-    stage.step(fetched)  # allocates, compiles, chooses kernels
-    _wait(device)
-    started = time.monotonic()
-    for _ in range(_TIMED):
-        stage.step(fetched)
-    _wait(device)
+    with stage.accelerator.autocast():
+        stage.step(fetched)  # allocates, compiles, chooses kernels
+        _wait(device)
+        started = time.monotonic()
+        for _ in range(_TIMED):
+            stage.step(fetched)
+        _wait(device)
     seconds = time.monotonic() - started
     return _TIMED * len(fetched[1]) / seconds, memory.peak(device) - before
 

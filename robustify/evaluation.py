@@ -247,7 +247,7 @@ def evaluate(
     started = time.monotonic()
     network, classes = _check(model, images, labels)
     if batch_size is None:
-        batch_size = _batch_size(network, images, sharded=sharded)
+        batch_size = fitting_batch(network, images, sharded=sharded)
     run = _Run(network, images, labels, threat, batch_size, seed, sharded, decided, done or {})
     attacks = make_suite(suite, threat, classes)
     others = {
@@ -292,8 +292,9 @@ def evaluate(
     )
 
 
-def _batch_size(network: nn.Module, images: Tensor, *, sharded: bool) -> int:
-    few = images[:8]
+def fitting_batch(network: nn.Module, images: Tensor, *, sharded: bool = False) -> int:
+    """How many of `images` memory allows to attack at once; `sharded` over all processes."""
+    few = images[: memory.ROWS]
     processes = this_process().num_processes if sharded else 1
     with evaluating(network), constant(network, few) as victim:
         return memory.evaluation_batch(victim, few, processes=processes)

@@ -63,10 +63,18 @@ def prefers_channels_last(network: nn.Module, image_size: int) -> bool:
 
 @contextmanager
 def _still(network: nn.Module) -> Iterator[None]:
-    """Eval mode and no parameter gradients inside, and everything as it was afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
+    """Eval mode and no parameter gradients inside, and everything as it was afterwards.
+
+    Nor gradient checkpointing, as timm's networks know it: a search keeps a third of what a
+    training step does, and every one of its steps would take a third longer.
+    """
+    modules: list[Any] = list(network.modules())
+    modes = [(module, module.training) for module in modules]
+    checkpointed = [module for module in modules if getattr(module, "grad_checkpointing", False)]
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     network.eval()
+    for module in checkpointed:
+        module.grad_checkpointing = False
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
@@ -74,22 +82,10 @@ def _still(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def without_checkpointing(network: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing, as timm's networks know it, off inside."""
-    modules: list[Any] = list(network.modules())
-    checkpointed = [module for module in modules if getattr(module, "grad_checkpointing", False)]
-    for module in checkpointed:
-        module.grad_checkpointing = False
-    try:
-        yield
-    finally:
         for module in checkpointed:
             module.grad_checkpointing = True
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 class _Folded:
@@ -243,7 +239,7 @@ def _trace(network: nn.Module) -> tuple[fx.GraphModule, dict[str, str]]:
 
     Raises whatever tracing raises, and ValueError for tensors that `refresh` could not find again.
     """
-    with _still(network), without_checkpointing(network):
+    with _still(network):
         graph = copy.deepcopy(fx.GraphModule(network, _Tracer().trace(network)))
         graph.eval().requires_grad_(False)
     for name, _ in [*graph.named_parameters(), *graph.named_buffers()]:

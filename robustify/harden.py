@@ -9,7 +9,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +40,7 @@ from robustify.processes import PATIENCE, first_holds, on_cpu, said, this_proces
 from robustify.profiling import profiling
 from robustify.purifier import Purified, facts
 from robustify.report import write_report
-from robustify.run_folder import RunFolder
+from robustify.run_folder import RunFolder, locked
 from robustify.settings import Training
 from robustify.threat import Norm, ThreatModel, chosen
 from robustify.tiers import extend
@@ -207,8 +207,9 @@ def run(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
     """
     folder = RunFolder(out if out is not None else Path("runs") / name_of(job))
     if job.find_batch_size:
-        known = folder.record.get("run", {}).get("training", {}).get("batch_size")
-        job = _of_batch_size(job, known) if known and resume else sized(job)
+        with first_holds(locked(folder.path)):  # who holds it now holds it longer than a trial
+            known = said(_batch_size(folder) if resume and is_first_process() else None)
+            job = _of_batch_size(job, known) if known else sized(job)
     accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
     with first_holds(folder.held(job.describe(), resume=resume)):
         evaluation = {"suite": job.suite, "limit": job.limit}
@@ -223,15 +224,25 @@ def run(job: Job, out: Path | None = None, *, resume: bool = True) -> Path:
 
 
 def sized(job: Job) -> Job:
-    """`job` with a batch size found by trial on its last stage, the student's own."""
-    *_, last = objectives(job)
+    """`job` with a batch size found by trial: the smallest that any of its stages finds."""
 
-    def trial(batch_size: int) -> Stage:
-        accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
-        return new_stage(_of_batch_size(job, batch_size), copy.deepcopy(last), 0, accelerator)
+    def stages_of(objective: Objective) -> Callable[[int], Stage]:
+        def new(batch_size: int) -> Stage:
+            accelerator = new_accelerator(job.precision, job.training.accumulate, job.seed)
+            copied, of_size = copy.deepcopy(objective), _of_batch_size(job, batch_size)
+            return new_stage(of_size, copied, 0, accelerator, alone=True)
+
+        return new
 
     with compiling(job.compiled):
-        return _of_batch_size(job, find_batch_size(trial))
+        found = [find_batch_size(stages_of(objective)) for objective in objectives(job)]
+    return _of_batch_size(job, min(found))
+
+
+def _batch_size(folder: RunFolder) -> int | None:
+    """That of the run in `folder`, if there is one."""
+    size: int | None = folder.record.get("run", {}).get("training", {}).get("batch_size")
+    return size
 
 
 def _of_batch_size(job: Job, batch_size: int) -> Job:
@@ -300,15 +311,18 @@ def objectives(job: Job) -> Iterator[Objective]:
         yield objective
 
 
-def new_stage(job: Job, objective: Objective, number: int, accelerator: Accelerator) -> Stage:
-    """`objective` with this job's data and settings, and what the stage itself changes in them."""
+def new_stage(
+    job: Job, objective: Objective, number: int, accelerator: Accelerator, *, alone: bool = False
+) -> Stage:
+    """`objective` with this job's data and settings, and what the stage itself changes in them;
+    `alone` as of `Stage`."""
     train, validation = job.dataset.split_validation()
     if job.sync_bn:
         objective = torch.nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
     return Stage(
         objective, train, validation, number=number, threat=job.threat, accelerator=accelerator,
         settings=Training(**{**vars(job.training), **objective.training_changes}), seed=job.seed,
-        policy=job.dataset.policy, max_steps=job.max_steps,
+        policy=job.dataset.policy, max_steps=job.max_steps, alone=alone,
     )  # fmt: skip
 
 

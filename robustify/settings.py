@@ -40,7 +40,7 @@ class Training:
     warmup_epochs: int = 0
     clip_grad: float | None = None
     accumulate: int = 1
-    grad_checkpointing: bool = False  # activations computed again in the backward: less memory
+    grad_checkpointing: bool = False  # of training forwards, not of the attack's: less memory
     augmentation: Literal["none", "crop", "crop-flip"] | None = None  # by default the data set's
     averaging: Literal["none", "swa", "ema"] = "none"
     averaging_start: float = 0.75

@@ -58,6 +58,11 @@ def plan(
     jobs: dict[str, harden.Job] = {}
     for name, values in combinations(pairs).items():
         job = planned(settings={**settings, **values})
+        if job.find_batch_size:
+            raise UsageError(
+                "expected a number for --batch-size with --sweep, got auto: runs that are compared "
+                "need the same; --dry-run of one of them finds it"
+            )
         first = next(iter(jobs.values()), job)
         jobs[name] = replace(job, dataset=first.dataset)  # one copy of the images for all
     return jobs

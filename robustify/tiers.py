@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from robustify import checks, memory
+from robustify import checks
 from robustify.attacks.passes import Passes
 from robustify.attacks.pgd import pgd
 from robustify.data import DataSet, to_float
-from robustify.evaluation import Report, Row, wilson
+from robustify.evaluation import Report, Row, fitting_batch, wilson
 from robustify.fold import constant
 from robustify.losses import cross_entropy, margin
 from robustify.noise import Noise
@@ -202,7 +202,7 @@ def extend(
     device = next(purified.parameters()).device
     images, labels, _ = dataset.test.take(report.n).__getitems__(range(report.n))
     images, labels = to_float(images).to(device), labels.to(device)
-    batch_size = batch_size or memory.evaluation_batch(purified, images)
+    batch_size = batch_size or fitting_batch(purified, images)
     made = crafted(purified, images, labels, report.threat, seed=report.seed,
                    batch_size=batch_size, surrogate=surrogate)  # fmt: skip
     tiers = [*made, *of_report(report)]

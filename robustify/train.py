@@ -95,7 +95,9 @@ class Stage:
         seed: int,
         policy: str,
         max_steps: int | None = None,
+        alone: bool = False,
     ) -> None:
+        """`alone`: without the other processes, for trying things that may fail in one of them."""
         self.objective, self.number, self.settings = objective, number, settings
         self.validation = _near(validation, accelerator.device)
         self.train = train if isinstance(train, Stream) else _near(train, accelerator.device)
@@ -116,7 +118,13 @@ class Stage:
         loader = new_loader(
             self.train, settings.batch_size, seed=seed, processes=accelerator.num_processes
         )
-        self.model, self.optimizer, self.loader = accelerator.prepare(objective, optimizer, loader)
+        self.together = accelerator.num_processes > 1 and not alone
+        self.model: nn.Module = objective
+        if alone:
+            self.optimizer, self.loader = accelerator.prepare(optimizer, loader)
+        else:
+            prepared = accelerator.prepare(objective, optimizer, loader)
+            self.model, self.optimizer, self.loader = prepared
         self.schedule = new_schedule(optimizer, settings)
         self.averaged = new_average(objective.student, settings)
         steps_per_epoch = math.ceil(len(self.loader) / settings.accumulate)
@@ -198,8 +206,7 @@ class Stage:
         if not settings.awp_gamma or self.progress.epoch < settings.epoch(settings.awp_start):
             yield {}
             return
-        several = self.accelerator.num_processes > 1
-        if several:  # as DDP would before a forward of its own
+        if self.together:  # as DDP would before a forward of its own
             share_buffers(objective)
         weights = perturbable(objective.student)
         torch.manual_seed(seed)
@@ -210,7 +217,9 @@ class Stage:
                 loss, weights, allow_unused=True, materialize_grads=True
             )
         buffers.put_back()
-        if several:  # the same step everywhere, or the processes would train different networks
+        if (
+            self.together
+        ):  # the same step everywhere, or the processes would train different networks
             gradients = [self.accelerator.reduce(each, "mean") for each in gradients]
         with perturbed(weights, gradients, gamma=settings.awp_gamma), repeating(found):
             yield {"unperturbed loss": loss}

@@ -52,7 +52,7 @@ def digits():
     return train.take(200), validation.take(60), loaded
 
 
-def stage(*, objective=CrossEntropy, student=None, seed=0, max_steps=None, **settings):
+def stage(*, objective=CrossEntropy, student=None, seed=0, max_steps=None, alone=False, **settings):
     """One stage of the loop, ready to be trained; of the network above unless told otherwise."""
     train, validation, loaded = digits()
     training = Training(**{"epochs": 3, "batch_size": 64, "lr": 0.05, **settings})
@@ -60,6 +60,7 @@ def stage(*, objective=CrossEntropy, student=None, seed=0, max_steps=None, **set
         objective(student=student or tiny()), train, validation, number=0,
         settings=training, threat=loaded.threat, seed=seed, policy=loaded.policy,
         accelerator=harden.new_accelerator("fp32", training.accumulate, 0), max_steps=max_steps,
+        alone=alone,
     )  # fmt: skip
 
 

@@ -6,21 +6,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "robustify"
 LEVELS = [
-    {"errors"},
+    {"errors", "memory"},
     {"processes"},
-    {
-        "noise",
-        "losses",
-        "files",
-        "frozen",
-        "balance",
-        "images",
-        "charts",
-        "gallery",
-        "verdict",
-        "compilation",
-        "memory",
-    },
+    {"noise", "losses", "files", "frozen", "balance", "images", "charts", "gallery", "verdict"},
+    {"compilation"},
     {"remote", "transformers_config", "tables", "splits"},
     {"threat", "fusion", "sensitivity", "journal", "rendering", "schema", "architectures", "stems"},
     {"shards", "streams"},

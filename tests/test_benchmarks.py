@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SHARED
 
 from robustify import models
 
@@ -39,12 +38,12 @@ def classifier(folder):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs(name, tmp_path):
+def test_it_runs(name, tmp_path, request):
     libraries = LIBRARIES.get(name, ())
     if libraries and not any(map(importlib.util.find_spec, libraries)):
         pytest.skip(f"needs {' or '.join(libraries)}")
-    if name == "standard_against_reference" and not SHARED.is_dir():
-        pytest.skip(f"needs the reference's figures in $ROBUSTIFY_SHARED; there is no {SHARED}")
+    if name == "standard_against_reference":
+        request.getfixturevalue("shared")  # the reference's figures
     words = [classifier(tmp_path)] if name == "evaluation_against_libraries" else []
     done = subprocess.run(
         [sys.executable, BENCHMARKS / f"{name}.py", "--quick", *words], timeout=300,

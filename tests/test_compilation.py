@@ -1,14 +1,21 @@
 """Compiled networks answer as plain ones do, or are given up with a notice."""
 
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
-from loops import Tiny
+from loops import Tiny, stage, weights
 from torch import nn
 
+from robustify.attacks.pgd import pgd
+from robustify.checkpoint import Checkpoints
 from robustify.compilation import compiling
 from robustify.fold import constant
+from robustify.losses import cross_entropy
+from robustify.objective import Objective
+from robustify.threat import ThreatModel
+from robustify.train import fit
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -34,7 +41,8 @@ def test_a_compiled_copy_answers_as_the_plain_one_and_follows_its_weights(kind):
         for _ in range(2):
             with constant(network, IMAGES) as lent:
                 found = answers(lent)
-                assert lent.run.run is not None, "it was given up"
+                assert lent.run.checked
+                assert not lent.run.given_up
             torch.testing.assert_close(found, answers(network), rtol=1e-4, atol=1e-5)
             with torch.no_grad():
                 next(network.parameters()).mul_(1.5)
@@ -74,3 +82,54 @@ def test_memory_that_runs_out_while_compiling_is_not_taken_for_a_failed_compilat
         pytest.raises(torch.OutOfMemoryError),
     ):
         lent(IMAGES)
+
+
+def test_a_shape_that_fails_later_is_given_up_with_a_notice_too(monkeypatch, caplog):
+    """The last batch of an epoch is smaller, and validation asks without gradients."""
+
+    def compiled(network, **_):
+        def run(images):
+            if len(images) == 5 or not torch.is_grad_enabled():
+                raise RuntimeError("only this shape")
+            return network(images)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    network = Tiny().eval()
+    for first, then in ((IMAGES, IMAGES[:5]), (IMAGES, IMAGES)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), compiling(), constant(network, IMAGES) as lent:
+            lent.run.checked.clear()
+            lent.run.given_up = False
+            found = answers(lent, first)
+            assert caplog.text == ""
+            with torch.set_grad_enabled(len(then) == 5):
+                logits = lent(then)
+        torch.testing.assert_close(found, answers(network, first))
+        torch.testing.assert_close(logits, network(then))
+        assert "cannot be compiled (RuntimeError: only this shape)" in caplog.text
+
+
+def test_a_compiled_run_trains_as_a_plain_one(tmp_path):
+    """Through the loop: batches of two sizes, and validation."""
+    found = {}
+    for on in (False, True):
+        run = stage(objective=Adversarial, epochs=1, lr=0.01)
+        with compiling(on):
+            fit(run, checkpoints=Checkpoints(tmp_path / str(on)))
+        found[on] = weights(run)
+    torch.testing.assert_close(found[True], found[False], rtol=1e-3, atol=1e-4)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Adversarial(Objective):
+    """One step of an attack, and cross-entropy on what it found."""
+
+    def forward(self, images, labels, noise):
+        with constant(self.student, images) as student:
+            images_adv = pgd(
+                lambda x: cross_entropy(student(x), labels), images, ThreatModel("L2", 0.5),
+                steps=1, step_size=0.5, noise=noise,
+            )  # fmt: skip
+        return {"loss": cross_entropy(self.student(images_adv), labels).mean()}

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from robustify import compilation
 from robustify.attacks.pgd import Start, begin, once
 from robustify.losses import cross_entropy
 from robustify.noise import Noise
@@ -37,21 +38,24 @@ def friendly_pgd(
 
     def search() -> Tensor:
         images_adv = begin(images, threat, noise, start)
-        left = torch.arange(len(images), device=images.device)
-        patient = torch.full_like(left, patience)
+        everybody = torch.arange(len(images), device=images.device)
+        patient = torch.full_like(everybody, patience)
+        # What is compiled is compiled for every number of images: there all of them are asked.
+        going = everybody
         for _ in range(steps):
-            variable = images_adv[left].requires_grad_()
+            asked = everybody if compilation.is_wanted() else going
+            variable = images_adv[asked].requires_grad_()
             with torch.enable_grad():
                 logits = model(variable)
-                losses = cross_entropy(logits, labels[left])
+                losses = cross_entropy(logits, labels[asked])
                 (gradient,) = torch.autograd.grad(losses.sum(), variable)
-            patient[left] -= (logits.argmax(1) != labels[left]).long()
-            going = patient[left] >= 0
-            left, rows = left[going], gradient[going]
-            if not len(left):
+            patient[asked] -= (logits.argmax(1) != labels[asked]).long()
+            moving = patient[asked] >= 0
+            going = asked[moving]
+            if not len(going):
                 break
-            moved = threat.ascend(images_adv[left], rows, step_size)
-            images_adv[left] = threat.project(moved, images[left])
+            moved = threat.ascend(images_adv[going], gradient[moving], step_size)
+            images_adv[going] = threat.project(moved, images[going])
         return images_adv
 
     return once(images, search)

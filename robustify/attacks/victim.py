@@ -19,11 +19,9 @@ from torch import Tensor
 
 from robustify.attacks.passes import Passes
 from robustify.errors import DataError
-from robustify.memory import ran_out
+from robustify.memory import ROWS, ran_out
 
 log = logging.getLogger(__name__)
-
-_ROWS = 8  # batches are padded to a multiple of this
 
 LossOfLogits = Callable[[Tensor, Tensor], Tensor]  # logits (n, K), their rows (n,) -> losses (n,)
 
@@ -133,10 +131,10 @@ class Victim:
                 start += size
                 continue
             except (RuntimeError, MemoryError) as error:
-                if not ran_out(error) or size <= _ROWS:
+                if not ran_out(error) or size <= ROWS:
                     raise
             # Here and not in the handler: until it is left, the error keeps what it ran out with.
-            self._most = max(_ROWS, size // 2 // _ROWS * _ROWS)
+            self._most = max(ROWS, size // 2 // ROWS * ROWS)
             log.warning("out of memory with %d images at once; going on with %d", size, self._most)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -146,7 +144,7 @@ class Victim:
 
     def _answer(self, images: Tensor) -> Tensor:
         count = len(images)
-        missing = -count % _ROWS
+        missing = -count % ROWS
         if missing:
             images = torch.cat([images, images[-1:].expand(missing, *images.shape[1:])])
         logits: Tensor = self.model(images)

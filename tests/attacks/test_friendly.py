@@ -6,6 +6,7 @@ from torch import nn
 
 from robustify.attacks.friendly import friendly_pgd
 from robustify.attacks.pgd import keeping, pgd, repeating
+from robustify.compilation import compiling
 from robustify.losses import cross_entropy
 from robustify.noise import Noise
 from robustify.threat import ThreatModel
@@ -66,3 +67,14 @@ def test_what_was_found_is_repeated_and_the_images_stay():
     assert torch.equal(images, before)
     assert (found - images).abs().max() <= THREAT.eps + 1e-6
     assert 0 <= found.min() <= found.max() <= 1
+
+
+def test_whoever_is_compiled_is_asked_all_images_and_finds_the_same():
+    images = torch.rand(8, 1, 1, 2, generator=torch.Generator().manual_seed(1))
+    labels = torch.zeros(8, dtype=torch.int64)
+    found, few = attacked(images, labels, patience=0)
+    with compiling():
+        again, all_of_them = attacked(images, labels, patience=0)
+    assert torch.equal(found, again)
+    assert few.seen < all_of_them.seen
+    assert all_of_them.seen % 8 == 0
