@@ -20,7 +20,8 @@ import results
 from timing import child
 
 STEPS = 2  # of the attack; twice the step, so that the optimizer has its state
-SIDES = ("step, plain", "step, ours", "step, ours bf16", "forward and backward", "evaluation, fast")
+SIDES = ("step, plain", "step, ours", "step, ours checkpointed", "step, ours bf16",
+         "forward and backward", "evaluation, fast")  # fmt: skip
 NETWORKS = {  # architecture -> side in pixels, two batch sizes
     "resnet18": (32, (16, 48)),
     "vit_tiny_patch16_224": (224, (2, 6)),
@@ -75,6 +76,9 @@ def peak(network: str, size: int, batch: int, side: str) -> float:
     work = steps.new("peeraid", student=network, size=size, batch=batch, steps=STEPS)
     if side.startswith("step"):
         work = work if side == "step, plain" else work.copy(work.layout)
+        if side.endswith("checkpointed"):
+            for trained in (work.objective.student, work.objective.peer):
+                trained.set_grad_checkpointing()
         step = (
             steps.plain(work) if side == "step, plain"
             else steps.ours(work, "bf16" if side.endswith("bf16") else "fp32")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -58,6 +59,9 @@ def show(name: str, tables: Mapping[str, Sequence[Row]], *, record: bool) -> Non
     print(render(name, entry), flush=True)
     print("\n" + about(entry), flush=True)
     if record:
+        for row in itertools.chain(*tables.values()):
+            if any(isinstance(value, float) and math.isnan(value) for value in row.values()):
+                raise SystemExit(f"not recorded: a figure drowned in noise in {row}; run again")
         kept = read()
         kept[name] = entry
         ordered = {key: kept[key] for key in sorted(kept)}

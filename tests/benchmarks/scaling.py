@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     arguments = parser.parse_args()
     counts, repeats = [*map(int, arguments.processes.split(","))], arguments.repeats
-    steps, limits, suite = (2, 102), (20, 360), "apgd-ce,apgd-t"
+    steps, limits, suite = (2, 152), (8, 72), "standard"
     if arguments.quick:
         counts, steps, limits, suite, repeats = [1], (0, 1), (0, 4), "fgsm", 1
     with tempfile.TemporaryDirectory() as name:
