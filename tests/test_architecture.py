@@ -37,6 +37,7 @@ LEVELS = [
     {"config", "selection", "averaging", "schedule", "weight_perturbation", "evaluation"},
     {"loader"},
     {"train"},
+    {"fit"},
     {"report", "tiers", "batch_size", "profiling"},
     {"comparison", "examine", "card"},
     {"harden", "attachment", "hub"},

@@ -28,12 +28,12 @@ from robustify.attacks.suite import make_suite, run_suite
 from robustify.attacks.victim import Victim
 from robustify.checkpoint import Checkpoints
 from robustify.errors import RunFolderError, TrainingError
+from robustify.fit import fit
 from robustify.journal import Journal
 from robustify.losses import cross_entropy
 from robustify.processes import PATIENCE
 from robustify.run_folder import RECORD, RunFolder, locked
 from robustify.threat import ThreatModel
-from robustify.train import fit
 
 TRAIN = [
     "distill", "--recipe", "pgd_at", "--student", "cnn_a", "--image-size", "32", "--batch-size",

@@ -13,8 +13,9 @@ from robustify import memory, models
 from robustify.averaging import reestimate_batchnorm
 from robustify.checkpoint import Checkpoints
 from robustify.errors import RunFolderError, TrainingError, UsageError
+from robustify.fit import fit
 from robustify.settings import Training
-from robustify.train import Stage, fit
+from robustify.train import Stage
 
 
 @pytest.mark.parametrize("averaging", ["none", "swa", "ema"])
