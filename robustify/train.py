@@ -113,10 +113,16 @@ class Stage:
             self.budget = min(self.budget, max_steps)
 
     @property
+    def spent(self) -> bool:
+        """Whether every allowed optimizer step is done."""
+        return self.progress.updates >= self.budget
+
+    @property
     def finished(self) -> bool:
-        """Whether every epoch, or every allowed step, is done."""
+        """Whether every epoch is done, its end included, or every allowed step with the end of its
+        epoch."""
         progress = self.progress
-        return progress.epoch >= self.settings.epochs or progress.updates >= self.budget
+        return progress.epoch >= self.settings.epochs or (self.spent and progress.step == 0)
 
     def batch(
         self, fetched: tuple[Tensor, Tensor, Tensor], epoch: int
@@ -234,7 +240,7 @@ class Stage:
         )
         if averaging and settings.averaging == "swa":
             self._average()
-        last = progress.epoch == settings.epochs - 1 or progress.updates >= self.budget
+        last = progress.epoch == settings.epochs - 1 or self.spent
         due = (progress.epoch + 1) % settings.evaluate_every == 0
         if last or (due and progress.epoch >= settings.epoch(settings.evaluate_from)):
             row |= self._evaluate("student", self.objective.student)

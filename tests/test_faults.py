@@ -375,7 +375,7 @@ def test_an_interrupt_in_the_last_validation_is_not_forgotten(tmp_path):
 
     def interrupted():
         asked.append(True)
-        return len(asked) > 4  # not in a step: after the last of them
+        return len(asked) > 4  # not in a step: after the validation
 
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(KeyboardInterrupt):
