@@ -12,6 +12,7 @@ LEVELS = [
         "noise",
         "losses",
         "files",
+        "identity",
         "frozen",
         "balance",
         "images",

@@ -3,6 +3,7 @@ what survives, and the same command goes on to the very files of a run that noth
 
 import errno
 import fcntl
+import importlib
 import itertools
 import json
 import os
@@ -368,6 +369,39 @@ def test_a_start_after_a_kill_says_so_and_one_after_an_interrupt_does_not(whole,
 
 def _signalled(number):
     at_opening("stage0-00000001", lambda: os.kill(os.getpid(), number))
+
+
+CONTINUES = "interrupted; the same command continues"
+NOTHING_KEPT = "interrupted; nothing was kept (evaluate --out FOLDER keeps every verdict)"
+
+
+@pytest.mark.parametrize(("words", "at", "said"), [
+    (["evaluate", "WHOLE", "--limit", "12", "--out=OUT"], "evaluation.evaluate", CONTINUES),
+    (["evaluate", "WHOLE", "--limit", "12", "--json"], "evaluation.evaluate", NOTHING_KEPT),
+    (["--debug", *TRAIN, "OUT"], "fit.fit", CONTINUES),
+    ([*TRAIN, "OUT", "--sweep", "training.lr=1e-3,1e-2"], "fit.fit", CONTINUES),
+    ([*TRAIN, "OUT", "--dry-run"], "effort.dry_run", "interrupted"),
+    ([*TRAIN, "OUT"], "harden.plan", "interrupted"),
+    (["report", "WHOLE", "--out", "OUT"], "report.read", "interrupted"),
+])  # fmt: skip
+def test_an_interrupt_says_what_the_command_keeps_there(whole, tmp_path, words, at, said):
+    places = {"WHOLE": str(whole), "OUT": str(tmp_path / "out")}
+    command = [re.sub("WHOLE|OUT", lambda found: places[found[0]], word) for word in words]
+    code, _, lines = robustify(*command, fault=partial(_interrupted_in, at))
+    assert (code, lines[-1]) == (130, said)
+
+
+def _interrupted_in(name):
+    """SIGINT where the function called `name` is called."""
+    module, function = name.split(".")
+    code = getattr(importlib.import_module(f"robustify.{module}"), function).__code__
+
+    def look(frame, event, argument):
+        if event == "call" and frame.f_code is code:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(look)
 
 
 def test_an_interrupt_in_the_last_validation_is_not_forgotten(tmp_path):
