@@ -15,11 +15,9 @@ from typing import Any
 
 import click
 
-from robustify.errors import ElsewhereError, RobustifyError
+from robustify.errors import CONTINUES, ElsewhereError, RobustifyError, what_survives
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
-_CONTINUES = "the same command continues"
-_NOTHING_KEPT = "nothing was kept (evaluate --out FOLDER keeps every verdict)"
 
 
 def main() -> None:
@@ -45,9 +43,10 @@ def _main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:  # click makes the one of the other
         if _speaks():
-            click.echo(f"interrupted; {_CONTINUES if _keeps() else _NOTHING_KEPT}", err=True)
+            survives = what_survives(error)
+            click.echo(f"interrupted; {survives}" if survives else "interrupted", err=True)
         sys.exit(130)
     except RobustifyError as error:
         if debug:
@@ -72,23 +71,21 @@ def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _keeps() -> bool:
-    """Whether the command goes on from what it left."""
-    return sys.argv[1:2] in (["distill"], ["attach"]) or "--out" in sys.argv
-
-
 def _in_words(error: Exception) -> str | None:
     """One line for what the machine refused, wherever that happened; None for anything else."""
     from robustify.memory import ran_out
     from robustify.processes import lost_another
 
-    kept = f"what was saved is intact, and {_CONTINUES}"
-    if not _keeps():
-        kept = "what was there before is as it was"
+    kept = "what was there before is as it was"
+    if what_survives(error) == CONTINUES:
+        kept = f"what was saved is intact, and {CONTINUES}"
     if ran_out(error):
         return f"out of memory; {kept}; with more memory free, or a smaller --batch-size"
     if lost_another(error):
-        return f"another process of this run ended or cannot be reached; {kept}"
+        return (
+            f"another process of this run ended or cannot be reached; {kept}; --debug before the "
+            "command shows what came"
+        )
     if not isinstance(error, OSError) or error.errno not in _OF_THE_DISK:
         return None
     if error.filename is None:

@@ -15,7 +15,11 @@ The number is the exit code. A message says what was expected, what came, and wh
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+CONTINUES = "the same command continues"
+NOTHING_KEPT = "nothing was kept (evaluate --out FOLDER keeps every verdict)"
 
 
 class RobustifyError(Exception):
@@ -52,6 +56,27 @@ class HubError(RobustifyError):
 
 class ElsewhereError(RobustifyError):
     """Another process of this run failed, and says why itself."""
+
+
+@contextmanager
+def leaving(survives: str) -> Iterator[None]:
+    """What ends the block carries `survives`, CONTINUES or NOTHING_KEPT, for `what_survives`."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(survives)
+        raise
+
+
+def what_survives(error: BaseException | None) -> str | None:
+    """What `error`, or one behind it, was given by `leaving`, the innermost first; None where it
+    comes from no such block."""
+    while error is not None:
+        for note in getattr(error, "__notes__", ()):
+            if note in (CONTINUES, NOTHING_KEPT):
+                return str(note)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

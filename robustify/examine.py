@@ -18,10 +18,11 @@ import robustify
 from robustify import data, models
 from robustify.classifier import Classifier
 from robustify.data import DataSet
-from robustify.errors import ModelError, RunFolderError, UsageError
+from robustify.errors import NOTHING_KEPT, ModelError, RunFolderError, UsageError, leaving
 from robustify.evaluation import LEVEL_OF_SUITE, Report, evaluate
 from robustify.gallery import gallery
-from robustify.journal import Journal, digest
+from robustify.identity import digest
+from robustify.journal import Journal
 from robustify.memory import ran_out
 from robustify.plausible import Reference
 from robustify.processes import first_holds, this_process
@@ -109,7 +110,7 @@ def _within_memory(journal: Journal | None) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        kept = "nothing was kept (evaluate --out FOLDER keeps every verdict)"
+        kept = NOTHING_KEPT
         if journal is not None:
             kept = (
                 f"every verdict so far is kept in {journal.path.parent}, and with more memory free "
@@ -158,7 +159,7 @@ def examine(
     surrogates = {other: models.load(other).to(process.device) for other in transfer_from}
     for other, surrogate in surrogates.items():
         fit_together(surrogate, loaded, other)
-    with nullcontext() if out is None else first_holds(locked(out)):
+    with leaving(NOTHING_KEPT) if out is None else first_holds(locked(out)):
         reports = [
             assess(classifier, loaded, threat, suite=suite, limit=limit, seed=seed,
                    batch_size=batch_size, transfer_from=surrogates,

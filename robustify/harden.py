@@ -34,6 +34,7 @@ from robustify.compilation import compiling
 from robustify.data import DataSet
 from robustify.errors import UsageError
 from robustify.examine import assess, masking, shown, versions
+from robustify.fit import fit
 from robustify.frozen import Frozen
 from robustify.objective import Objective
 from robustify.processes import PATIENCE, first_holds, on_cpu, said, this_process
@@ -44,7 +45,7 @@ from robustify.run_folder import RunFolder, locked
 from robustify.settings import Training
 from robustify.threat import Norm, ThreatModel, chosen
 from robustify.tiers import extend
-from robustify.train import Fitted, Stage, fit
+from robustify.train import Fitted, Stage
 from robustify.weights import WEIGHTS_FILE
 
 log = logging.getLogger(__name__)

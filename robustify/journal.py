@@ -9,7 +9,6 @@ processes may change in between.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from robustify.errors import RunFolderError
 from robustify.files import cause
+from robustify.identity import difference
 
 Verdicts = dict[str, dict[int, bool]]  # attack -> image -> still right
 
@@ -88,21 +88,9 @@ class Journal:
                 continue  # torn by a kill; decided again
             if number == 0 and isinstance(line, dict) and line != self.identity:
                 raise RunFolderError(
-                    f"{path} belongs to another evaluation ({_difference(line, self.identity)}); "
+                    f"{path} belongs to another evaluation ({difference(line, self.identity)}); "
                     "choose another --out"
                 )
             match line:
                 case {"attack": str(attack), "image": int(image), "right": bool(right)}:
                     self.verdicts.setdefault(attack, {})[image] = right
-
-
-def digest(identity: Mapping[str, Any]) -> str:
-    """A short name for an evaluation, the same for equal identities."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _difference(there: Any, here: Mapping[str, Any]) -> str:
-    if not isinstance(there, dict):
-        return "its first line is not one of ours"
-    key = next(k for k in [*there, *here] if there.get(k) != here.get(k))
-    return f"{key}: {there.get(key)} there, {here.get(key)} here"

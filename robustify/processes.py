@@ -16,13 +16,25 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from robustify.errors import ElsewhereError, RobustifyError
+from robustify.errors import CONTINUES, ElsewhereError, RobustifyError, leaving
 
 # How long a process waits for the others. Launchers notice one that died at once; this is for one
 # that hangs. Shards of an evaluation take different times, so it is longer than any should differ.
 PATIENCE = timedelta(hours=6)
-_BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo",
-           "Timed out waiting", "NCCL", "ProcessGroup", "TCPStore")  # fmt: skip
+_BROKEN = (
+    "connection closed by peer",  # gloo
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "timed out waiting",  # gloo, for a message
+    "application timeout caused pair closure",  # gloo, after that
+    "remote process exited",  # NCCL
+    "watchdog caught collective operation timeout",  # NCCL
+    "connection was likely closed",  # the store in which processes meet
+    "failed to recv, got 0 bytes",  # the store
+    "socket has timed out",  # the store
+    "wait timeout after",  # the store
+)
 
 
 def on_cpu() -> bool:
@@ -38,8 +50,8 @@ def this_process() -> PartialState:
 
 @contextmanager
 def first_holds(held: AbstractContextManager[Any]) -> Iterator[None]:
-    """Enter `held` in the first process alone; where that raises a `RobustifyError`, the others
-    leave with an `ElsewhereError`."""
+    """Enter `held`, a folder in which the same command goes on, in the first process alone; where
+    that raises a `RobustifyError`, the others leave with an `ElsewhereError`."""
     state = this_process()
     with ExitStack() as stack:
         refused: RobustifyError | None = None
@@ -50,7 +62,8 @@ def first_holds(held: AbstractContextManager[Any]) -> Iterator[None]:
                 refused = error
         if said(refused and str(refused)) is not None:
             raise refused or ElsewhereError("the first process was refused, and says why")
-        yield
+        with leaving(CONTINUES):
+            yield
 
 
 def said(word: Any) -> Any:
@@ -85,4 +98,5 @@ def agreed(asked: Callable[[], bool], *, every: int = 1) -> Callable[[], bool]:
 def lost_another(error: BaseException) -> bool:
     """Whether `error` says that another process of this run is gone, or hangs."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return several and isinstance(error, RuntimeError) and any(w in str(error) for w in _BROKEN)
+    said = str(error).lower()
+    return several and isinstance(error, RuntimeError) and any(word in said for word in _BROKEN)

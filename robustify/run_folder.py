@@ -14,6 +14,7 @@ from typing import Any
 from robustify.checkpoint import Checkpoints
 from robustify.errors import RunFolderError
 from robustify.files import atomic_write, remove_orphans
+from robustify.identity import difference
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)  # they speak of the run before
         elif known != run:
             raise RunFolderError(
-                f"{self.path} holds another run ({_difference(known, run)}); choose another --out, "
+                f"{self.path} holds another run ({difference(known, run)}); choose another --out, "
                 "or --no-resume to replace it"
             )
         if known is None or not resume:
@@ -165,12 +166,3 @@ def locked(folder: Path) -> Iterator[int]:
         yield lock
     finally:
         os.close(lock)
-
-
-def _difference(there: Any, here: Any, path: str = "") -> str:
-    """The first setting in which two runs differ."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*there, *here]:
-            if there.get(key) != here.get(key):
-                return _difference(there.get(key), here.get(key), f"{path}.{key}" if path else key)
-    return f"{path}: {there} there, {here} here"

@@ -1,6 +1,6 @@
-"""The only training loop: one Objective in, trained weights out.
+"""A stage of training: one Objective with its optimizer and data, step by step and epoch by epoch.
 
-Only this module steps an optimizer. It runs on Accelerate, so the same loop serves a CPU, a GPU
+Only this module steps an optimizer. It runs on Accelerate, so the same step serves a CPU, a GPU
 and several processes. What a step draws at random is keyed by (seed, stage, epoch, image), so a run
 that is interrupted and resumed goes through the same numbers as one that never was.
 """
@@ -8,11 +8,8 @@ that is interrupted and resumed goes through the same numbers as one that never 
 from __future__ import annotations
 
 import inspect
-import logging
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -22,21 +19,17 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor, nn
 from torch.profiler import record_function
-from tqdm import tqdm
 
 from robustify import memory
 from robustify.attacks.pgd import keeping, repeating
 from robustify.averaging import new_average, reestimate_batchnorm
-from robustify.checkpoint import Checkpoints
 from robustify.classifier import Classifier
 from robustify.data import augment, to_float
 from robustify.errors import TrainingError, UsageError, suggest
 from robustify.fold import prefers_channels_last
-from robustify.loader import new_loader, remaining
-from robustify.memory import ran_out
+from robustify.loader import new_loader
 from robustify.noise import Noise
 from robustify.objective import Objective, batchnorm_updates
-from robustify.processes import agreed, said
 from robustify.schedule import new_schedule
 from robustify.selection import Selection, copy_of, share_buffers, validate
 from robustify.settings import Training
@@ -45,14 +38,9 @@ from robustify.streams import Stream
 from robustify.threat import ThreatModel
 from robustify.weight_perturbation import Buffers, perturbable, perturbed
 
-log = logging.getLogger(__name__)
-
 AUGMENTATION, ATTACK = 0, 1  # streams of noise
-CHECK_EVERY = (
-    50  # optimizer steps between two looks at the loss on a GPU, each of which waits for it
-)
+CHECK_EVERY = 50  # updates between two looks at the loss on a GPU; a look waits for its work
 RESIDENT = 0.1  # of a GPU's free memory may be taken by training images
-AGREE_EVERY = 5  # steps between two agreements on stopping on GPUs; torchrun waits 30 s for it
 
 
 @dataclass
@@ -133,10 +121,16 @@ class Stage:
             self.budget = min(self.budget, max_steps)
 
     @property
+    def spent(self) -> bool:
+        """Whether every allowed optimizer step is done."""
+        return self.progress.updates >= self.budget
+
+    @property
     def finished(self) -> bool:
-        """Whether every epoch, or every allowed step, is done."""
+        """Whether every epoch is done, its end included, or every allowed step with the end of its
+        epoch."""
         progress = self.progress
-        return progress.epoch >= self.settings.epochs or progress.updates >= self.budget
+        return progress.epoch >= self.settings.epochs or (self.spent and progress.step == 0)
 
     def batch(
         self, fetched: tuple[Tensor, Tensor, Tensor], epoch: int
@@ -255,7 +249,7 @@ class Stage:
         )
         if averaging and settings.averaging == "swa":
             self._average()
-        last = progress.epoch == settings.epochs - 1 or progress.updates >= self.budget
+        last = progress.epoch == settings.epochs - 1 or self.spent
         due = (progress.epoch + 1) % settings.evaluate_every == 0
         if last or (due and progress.epoch >= settings.epoch(settings.evaluate_from)):
             row |= self._evaluate("student", self.objective.student)
@@ -327,148 +321,6 @@ class Stage:
         selection = {"network": name, **rows[name], "candidates": rows,
                      "on": f"{len(self.validation)} held-out training images"}  # fmt: skip
         return Fitted(best, last, selection, self.progress.history, self.progress.seconds)
-
-
-def fit(
-    stage: Stage,
-    *,
-    checkpoints: Checkpoints,
-    interrupted: Callable[[], bool] = lambda: False,
-    on_epoch: Callable[[list[dict[str, Any]]], None] = lambda history: None,
-    on_step: Callable[[], None] = lambda: None,
-) -> Fitted:
-    """Train `stage` to its end from wherever its checkpoint left it.
-
-    `interrupted` is asked after every step; True, in any process, saves a checkpoint and raises
-    KeyboardInterrupt in all. `on_step` is called after every step, `on_epoch` with all rows so far.
-    Raises `TrainingError` where the loss is not finite or memory runs out, naming the last good
-    checkpoint.
-    """
-    name = f"stage{stage.number}"
-    saved = checkpoints.load(name)
-    _require_same(saved and saved[1]["progress"], checkpoints)
-    if saved is not None:
-        stage.restore(*saved)
-        log.info("resuming %s at epoch %d, step %d", stage.objective.name,
-                 stage.progress.epoch, stage.progress.step)  # fmt: skip
-        before, now = saved[1].get("processes"), stage.accelerator.num_processes
-        if before not in (None, now):
-            log.warning("this run had %d processes, each with its own batch, and now has %d: it "
-                        "ends like neither of them alone would", before, now)  # fmt: skip
-    devices = [stage.accelerator.device.index] if stage.accelerator.device.type == "cuda" else []
-    bar = tqdm(
-        total=stage.budget, initial=stage.progress.updates, desc=stage.objective.name, unit="step",
-        disable=not stage.accelerator.is_main_process, dynamic_ncols=True,
-        mininterval=1 if sys.stderr.isatty() else 10,
-    )  # fmt: skip
-    stop = agreed(interrupted, every=_agree_every(stage))
-    try:
-        with torch.random.fork_rng(devices), bar:
-            if not stage.finished:
-                stage.prepare()
-            while not stage.finished:
-                _epoch(stage, checkpoints, name, bar, stop, on_step)
-                on_epoch(stage.progress.history)
-    except TrainingError as error:
-        raise TrainingError(f"{error}; {checkpoints.kept(name)}") from None
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
-            raise
-        raise TrainingError(_too_large(stage, checkpoints.kept(name))) from error
-    _save(stage, checkpoints, name)
-    if agreed(interrupted)():  # after the last step, in validation
-        raise KeyboardInterrupt
-    return stage.fitted()
-
-
-def _require_same(progress: Any, checkpoints: Checkpoints) -> None:
-    """Raise `TrainingError` where this process goes on from elsewhere than the first one."""
-    first = said(progress)
-    if progress != first:
-        raise TrainingError(
-            f"expected every process to see the same checkpoints in {checkpoints.folder}, but they "
-            "differ; put --out on a file system that all machines share"
-        )
-
-
-def _too_large(stage: Stage, kept: str) -> str:
-    progress, settings = stage.progress, stage.settings
-    half, accumulate = settings.batch_size // 2, settings.accumulate * 2
-    return (
-        f"out of memory at epoch {progress.epoch} step {progress.step} of stage "
-        f"{stage.objective.name!r} with --batch-size {settings.batch_size}; {kept}; with more "
-        "memory free the same command goes on; to need less, start again with --no-resume and "
-        f"--batch-size {half} --set training.accumulate={accumulate} (the same effective batch), "
-        "--precision bf16 or --set training.grad_checkpointing=true"
-    )
-
-
-def _epoch(
-    stage: Stage,
-    checkpoints: Checkpoints,
-    name: str,
-    bar: tqdm[Any],
-    interrupted: Callable[[], bool],
-    on_step: Callable[[], None],
-) -> None:
-    """The rest of the epoch that `stage` is in."""
-    progress = stage.progress
-    started = saved = time.monotonic()
-    before = progress.seconds
-    stage.schedule.step(progress.epoch)
-    stage.loader.set_epoch(progress.epoch)
-    stage.model.train()
-    device = stage.accelerator.device
-    exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    sums = {name: torch.tensor(total, **exact) for name, total in progress.sums.items()}
-    loader = remaining(stage.loader, progress.step, processes=stage.accelerator.num_processes)
-    seconds = stage.settings.checkpoint_seconds
-    due = agreed(lambda: time.monotonic() - saved > seconds, every=_agree_every(stage))
-    for fetched in loader:
-        updates = progress.updates
-        terms = stage.step(fetched)
-        on_step()
-        progress.step += 1
-        for key, term in terms.items():
-            sums[key] = sums.get(key, torch.zeros((), **exact)) + term
-        bar.update(progress.updates - updates)
-        progress.seconds = before + time.monotonic() - started
-        stop, save = interrupted(), due()
-        if stop or save:
-            stage.require_finite(sums["loss"])  # nothing damaged is saved, on a GPU either
-            progress.sums = {key: float(total) for key, total in _shared(stage, sums).items()}
-            _save(stage, checkpoints, name)
-            saved = time.monotonic()
-        if stop:
-            stage.accelerator.wait_for_everyone()  # or a launcher ends the one that is writing
-            raise KeyboardInterrupt
-        if stage.finished:
-            break
-    sums = _shared(stage, sums)
-    if sums:
-        stage.require_finite(sums["loss"])
-    row = stage.finish_epoch(sums)
-    progress.seconds = before + time.monotonic() - started
-    bar.set_postfix({k: f"{row[k]:.3f}" for k in _SHOWN if k in row})
-    if time.monotonic() - saved > stage.settings.checkpoint_seconds or progress.epoch == 1:
-        _save(stage, checkpoints, name)
-
-
-def _agree_every(stage: Stage) -> int:
-    return 1 if stage.accelerator.device.type == "cpu" else AGREE_EVERY
-
-
-def _shared(stage: Stage, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The mean over processes: each has seen batches of its own."""
-    return {key: stage.accelerator.reduce(total.clone(), "mean") for key, total in sums.items()}
-
-
-_SHOWN = ("loss", "student clean", "student robust", "averaged robust")
-
-
-def _save(stage: Stage, checkpoints: Checkpoints, name: str) -> None:
-    if stage.accelerator.is_main_process:
-        checkpoints.save(name, *stage.state())
 
 
 def _optimizer(objective: Objective, settings: Training) -> torch.optim.Optimizer:

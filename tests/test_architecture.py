@@ -8,7 +8,8 @@ PACKAGE = ROOT / "robustify"
 LEVELS = [
     {"errors", "memory"},
     {"processes"},
-    {"noise", "losses", "files", "frozen", "balance", "images", "charts", "gallery", "verdict"},
+    {"noise", "losses", "files", "frozen", "balance", "images", "charts", "gallery", "verdict",
+     "identity"},
     {"compilation"},
     {"remote", "transformers_config", "tables", "splits"},
     {"threat", "fusion", "sensitivity", "journal", "rendering", "schema", "architectures", "stems"},
@@ -26,6 +27,7 @@ LEVELS = [
     {"config", "selection", "averaging", "schedule", "weight_perturbation", "evaluation"},
     {"loader"},
     {"train"},
+    {"fit"},
     {"report", "tiers", "batch_size", "profiling"},
     {"comparison", "examine", "card"},
     {"harden", "attachment", "hub"},

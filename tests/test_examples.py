@@ -152,7 +152,7 @@ def test_the_cost_of_imagenet_is_counted(tmp_path):
 
 
 SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do shift; done  # srun's own options
+while [[ $1 == --* ]]; do echo "$1" >> srun-options; shift; done
 exec "$@"
 """
 SCONTROL = """#!/bin/bash
@@ -175,6 +175,7 @@ def test_a_slurm_job_goes_on_after_its_time_was_over(tmp_path):
         "PATH": f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{EXAMPLES.parent}:{os.environ.get('PYTHONPATH', '')}",
         "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n[1]",
+        "SLURM_CPUS_PER_TASK": "6",
         "RECIPE": "pgd_at", "STUDENT": "cnn_a", "DATA": "digits", "OUT": "run", "PROCESSES": "2",
         "OPTIONS": options,
     }  # fmt: skip
@@ -199,5 +200,6 @@ def test_a_slurm_job_goes_on_after_its_time_was_over(tmp_path):
     out, err = job.communicate(timeout=300)
     assert job.returncode == 0, err
     assert "resuming student at epoch" in err
+    assert "--cpus-per-task=6" in (tmp_path / "srun-options").read_text().splitlines()
     assert "Robustness of cnn_a on digits" in out
     assert (tmp_path / "requeued").read_text().count("requeue") == 1

@@ -3,6 +3,7 @@ what survives, and the same command goes on to the very files of a run that noth
 
 import errno
 import fcntl
+import importlib
 import itertools
 import json
 import os
@@ -28,12 +29,12 @@ from robustify.attacks.suite import make_suite, run_suite
 from robustify.attacks.victim import Victim
 from robustify.checkpoint import Checkpoints
 from robustify.errors import RunFolderError, TrainingError
+from robustify.fit import fit
 from robustify.journal import Journal
 from robustify.losses import cross_entropy
 from robustify.processes import PATIENCE
 from robustify.run_folder import RECORD, RunFolder, locked
 from robustify.threat import ThreatModel
-from robustify.train import fit
 
 TRAIN = [
     "distill", "--recipe", "pgd_at", "--student", "cnn_a", "--image-size", "32", "--batch-size",
@@ -370,12 +371,45 @@ def _signalled(number):
     at_opening("stage0-00000001", lambda: os.kill(os.getpid(), number))
 
 
+CONTINUES = "interrupted; the same command continues"
+NOTHING_KEPT = "interrupted; nothing was kept (evaluate --out FOLDER keeps every verdict)"
+
+
+@pytest.mark.parametrize(("words", "at", "said"), [
+    (["evaluate", "WHOLE", "--limit", "12", "--out=OUT"], "evaluation.evaluate", CONTINUES),
+    (["evaluate", "WHOLE", "--limit", "12", "--json"], "evaluation.evaluate", NOTHING_KEPT),
+    (["--debug", *TRAIN, "OUT"], "fit.fit", CONTINUES),
+    ([*TRAIN, "OUT", "--sweep", "training.lr=1e-3,1e-2"], "fit.fit", CONTINUES),
+    ([*TRAIN, "OUT", "--dry-run"], "effort.dry_run", "interrupted"),
+    ([*TRAIN, "OUT"], "harden.plan", "interrupted"),
+    (["report", "WHOLE", "--out", "OUT"], "report.read", "interrupted"),
+])  # fmt: skip
+def test_an_interrupt_says_what_the_command_keeps_there(whole, tmp_path, words, at, said):
+    places = {"WHOLE": str(whole), "OUT": str(tmp_path / "out")}
+    command = [re.sub("WHOLE|OUT", lambda found: places[found[0]], word) for word in words]
+    code, _, lines = robustify(*command, fault=partial(_interrupted_in, at))
+    assert (code, lines[-1]) == (130, said)
+
+
+def _interrupted_in(name):
+    """SIGINT where the function called `name` is called."""
+    module, function = name.split(".")
+    code = getattr(importlib.import_module(f"robustify.{module}"), function).__code__
+
+    def look(frame, event, argument):
+        if event == "call" and frame.f_code is code:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    sys.setprofile(look)
+
+
 def test_an_interrupt_in_the_last_validation_is_not_forgotten(tmp_path):
     asked = []
 
     def interrupted():
         asked.append(True)
-        return len(asked) > 4  # not in a step: after the last of them
+        return len(asked) > 4  # not in a step: after the validation
 
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(KeyboardInterrupt):

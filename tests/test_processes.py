@@ -14,9 +14,11 @@ import time
 from functools import partial
 
 import pytest
+import torch
 from children import Ranks, at_opening, launch
 from safetensors import safe_open
 
+from robustify.processes import lost_another
 from robustify.run_folder import RECORD, locked
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -27,8 +29,10 @@ TRAIN = [
 ]  # fmt: skip
 SHORT = [*TRAIN, "12", "--batch-size", "32", "--set", "training.checkpoint_seconds=0", "--set",
          "attack.steps=2", "--suite", "apgd-ce", "--limit", "16", "--out"]  # fmt: skip
-LOST = ("robustify: another process of this run ended or cannot be reached; what was saved is "
-        "intact, and the same command continues")  # fmt: skip
+LOST = (
+    "robustify: another process of this run ended or cannot be reached; what was saved is "
+    "intact, and the same command continues; --debug before the command shows what came"
+)
 
 
 def losses(folder):
@@ -157,6 +161,24 @@ def test_machines_that_do_not_share_the_folder_are_told_so(whole, tmp_path):
         "robustify: expected every process to see the same checkpoints in run/checkpoints, but "
         "they differ; put --out on a file system that all machines share"
     ]
+
+
+@pytest.mark.parametrize(("message", "lost"), [
+    ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234", True),
+    ("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv", True),
+    ("NCCL error: remote process exited or there was a network error, NCCL version 2.27.3", True),
+    ("recvValue failed on SocketImpl(fd=3): failed to recv, got 0 bytes", True),
+    ("NCCL Error 1: unhandled cuda error", False),
+    ("ProcessGroupGloo::allreduce: unsupported layout", False),
+    ("[../gloo/allreduce.cc:24] gloo: invalid tensor type", False),
+    ("Detected mismatch between collectives on ranks", False),
+])  # fmt: skip
+def test_only_words_of_a_lost_connection_are_taken_for_one(monkeypatch, message, lost):
+    error = RuntimeError(message)
+    assert not lost_another(error)  # there is no other process
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert lost_another(error) == lost
+    assert not lost_another(ValueError(message))
 
 
 def launched(*command, processes=2):

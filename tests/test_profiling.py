@@ -7,8 +7,8 @@ import torch
 from loops import stage, weights
 
 from robustify.checkpoint import Checkpoints
+from robustify.fit import fit
 from robustify.profiling import PHASES, STEPS, profiling
-from robustify.train import fit
 
 
 def fitted(folder, *, wanted, **settings):

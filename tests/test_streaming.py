@@ -20,10 +20,11 @@ from robustify.checkpoint import Checkpoints
 from robustify.classifier import Classifier
 from robustify.data import load
 from robustify.errors import DataError, UsageError
+from robustify.fit import fit
 from robustify.images import Encoded
 from robustify.settings import Training
 from robustify.streams import Epochs, Origin, Stream
-from robustify.train import Stage, fit
+from robustify.train import Stage
 
 pytest.importorskip("webdataset")
 pytest.importorskip("datasets")

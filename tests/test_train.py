@@ -1,6 +1,7 @@
 """The loop: schedules, averaging, selection, and that nothing is lost."""
 
 import copy
+import itertools
 import logging
 from functools import partial
 
@@ -9,12 +10,14 @@ import torch
 from loops import CrossEntropy, stage, tiny, weights
 from torch import nn
 
+from robustify import fit as loop
 from robustify import memory, models
 from robustify.averaging import reestimate_batchnorm
 from robustify.checkpoint import Checkpoints
 from robustify.errors import RunFolderError, TrainingError, UsageError
+from robustify.fit import fit
 from robustify.settings import Training
-from robustify.train import Stage, fit
+from robustify.train import Stage
 
 
 @pytest.mark.parametrize("averaging", ["none", "swa", "ema"])
@@ -38,6 +41,80 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, averaging, stop_at
         assert torch.equal(got.best[name], tensor), name
     assert got.selection == expected.selection
     assert got.history == expected.history
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 7])
+def test_no_interrupt_loses_half_of_an_update(tmp_path, stop_at):
+    settings = {"epochs": 2, "batch_size": 32, "accumulate": 2}  # 7 batches, 4 updates an epoch
+    whole = stage(**settings)
+    fit(whole, checkpoints=Checkpoints(tmp_path / "whole"))
+    steps = iter(range(1, 100))
+    checkpoints = Checkpoints(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            stage(**settings),
+            checkpoints=checkpoints,
+            interrupted=lambda: next(steps) == stop_at,
+        )
+    progress = checkpoints.load("stage0")[1]["progress"]
+    assert (progress["step"], progress["updates"]) == (
+        min(-(-stop_at // 2) * 2, 7),
+        -(-stop_at // 2),
+    )
+    resumed = stage(**settings)
+    fit(resumed, checkpoints=checkpoints)
+    assert resumed.progress.updates == whole.progress.updates == 8
+    assert resumed.progress.history == whole.progress.history
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def _sampled(asked, *, every=1):
+    """`agreed` as several processes ask: only every so often."""
+    times = itertools.count(1)
+    return lambda: next(times) % every == 0 and asked()
+
+
+@pytest.mark.parametrize("max_steps", [None, 4, 7])
+def test_an_interrupt_does_not_wait_for_the_validation(tmp_path, monkeypatch, max_steps):
+    settings = {"epochs": 2, "averaging": "swa", "max_steps": max_steps}  # 4 steps an epoch
+    whole = stage(**settings)
+    expected = fit(whole, checkpoints=Checkpoints(tmp_path / "whole"))
+    done = []
+    checkpoints = Checkpoints(tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "agreed", _sampled)
+        patch.setattr(loop, "_agree_every", lambda stage: 5)  # as on GPUs
+        last = max_steps or 4
+        parts = stage(**settings)
+        patch.setattr(parts, "finish_epoch", lambda sums: pytest.fail("it waited")
+                      if len(done) == last else Stage.finish_epoch(parts, sums))  # fmt: skip
+        with pytest.raises(KeyboardInterrupt):
+            fit(parts, checkpoints=checkpoints, interrupted=lambda: len(done) == last,
+                on_step=lambda: done.append(True))  # fmt: skip
+    progress = checkpoints.load("stage0")[1]["progress"]
+    assert (progress["epoch"], progress["step"], progress["updates"]) == (
+        (last - 1) // 4, (last - 1) % 4 + 1, last
+    )  # fmt: skip
+    resumed = stage(**settings)
+    got = fit(resumed, checkpoints=checkpoints)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert got.history == expected.history
+    assert got.selection == expected.selection
+
+
+def test_checkpoints_are_timed_across_epochs(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    saved = []
+    run = stage(epochs=4, checkpoint_seconds=6.5)  # 4 steps an epoch, of a second each
+    monkeypatch.setattr(Checkpoints, "save", lambda self, name, tensors, values: saved.append(
+        (values["progress"]["epoch"], values["progress"]["step"])))  # fmt: skip
+
+    def on_step():
+        clock[0] += 1
+
+    fit(run, checkpoints=Checkpoints(tmp_path), on_step=on_step)
+    assert saved == [(1, 0), (2, 3), (4, 0)]
 
 
 def test_gradient_accumulation_is_one_larger_batch(tmp_path):

@@ -14,13 +14,13 @@ from torch import nn
 from robustify.attacks import pgd as attack
 from robustify.checkpoint import Checkpoints
 from robustify.errors import TrainingError, UsageError
+from robustify.fit import fit
 from robustify.frozen import Frozen
 from robustify.losses import cross_entropy
 from robustify.noise import Noise
 from robustify.objective import Objective
 from robustify.settings import Training
 from robustify.threat import ThreatModel
-from robustify.train import fit
 from robustify.weight_perturbation import Buffers, ascent, perturbable, perturbed
 
 DUE = {"awp_start": 0}

@@ -15,13 +15,14 @@ from robustify.attacks.pgd import pgd
 from robustify.checkpoint import Checkpoints
 from robustify.crafting import against_classifier
 from robustify.errors import TrainingError, UsageError
+from robustify.fit import fit
 from robustify.frozen import weights_hash
 from robustify.losses import cross_entropy
 from robustify.purifier import Ensemble, Purified, Purifier
 from robustify.recipes.purifier import EndToEnd, Static, stages
 from robustify.run_folder import RunFolder
 from robustify.settings import Training
-from robustify.train import Stage, fit
+from robustify.train import Stage
 
 ATTACK = {"steps": 10, "step_size": toys.THREAT.eps / 4, "start": "uniform"}
 GOLDEN_STATIC = [0.2026533, 0.2007833, 0.1775522]
