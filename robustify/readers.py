@@ -14,8 +14,6 @@ shards among processes unevenly; here an image keeps its place, and is decoded w
 
 from __future__ import annotations
 
-import glob
-import json
 import logging
 import os
 import re
@@ -37,10 +35,12 @@ from robustify.shards import (
     class_names_in,
     endings_of,
     expand,
+    find_shards,
+    identify,
     indexed,
     label_of,
     named_by_labels,
-    names_of_info,
+    names_listed,
     to_number,
 )
 from robustify.streams import Origin
@@ -57,13 +57,14 @@ from robustify.tables import (
 
 HUB, SHARDS = "hfids:", "wds:"
 _SCHEMES = ("https", "http", "hf")  # webdataset would also run a command: `pipe:`
+_HARMLESS = re.compile(rf"(?:(?:{'|'.join(_SCHEMES)})://[^/:]+(?::\d+)?(?:/[^:]*)?|[^:]*)")
 _EXTRA = "install it with: pip install 'robustify-classifiers[stream]'"
 _SAY = "say it behind the name as |TRAINING,TEST, for instance |60000,10000"
 _SAY_CLASSES = "or say how many there are behind the name as |TRAINING,TEST,CLASSES"
 
 
 @dataclass(frozen=True)
-class Streams:
+class StreamSource:
     """A data set that is read as streams. `identity` tells it from others: names and counts."""
 
     name: str
@@ -88,7 +89,17 @@ class _Said:
     classes: tuple[str, ...]
 
 
-def read_stream(name: str) -> Streams:
+@dataclass(frozen=True)
+class _Listed:
+    """The shards of one split; `field` of their json is the label, where one is named."""
+
+    urls: list[str]
+    count: int | None
+    name: str = ""
+    field: str = ""
+
+
+def read_stream(name: str) -> StreamSource:
     """The data set that `name` says, not one image of it read. Raises `UsageError` for a name that
     means nothing, and `DataError` for what is missing, damaged, or does not say what it holds."""
     where, _, numbers = name.partition("|")
@@ -115,7 +126,7 @@ def _said(numbers: str, name: str) -> _Said:
 # The Hub
 
 
-def _hub(where: str, source: str, said: _Said) -> Streams:
+def _hub(where: str, source: str, said: _Said) -> StreamSource:
     """A Hub data set in the streaming mode of `datasets`: one shard for each of its files."""
     try:
         import datasets
@@ -156,7 +167,7 @@ def _hub(where: str, source: str, said: _Said) -> Streams:
         )
     name = Path(repo).name if is_here else repo
     identity = (where, builder.hash, *(str(origin.count) for origin in origins))
-    return Streams(name, source, class_names, origins[0], origins[1], identity)
+    return StreamSource(name, source, class_names, origins[0], origins[1], identity)
 
 
 def _rows_of(
@@ -200,7 +211,7 @@ def _rows(files: Sequence[str], what: str) -> int:
 # WebDataset
 
 
-def _shards(where: str, source: str, said: _Said) -> Streams:
+def _shards(where: str, source: str, said: _Said) -> StreamSource:
     """Tar shards: those that timm's `_info.json` lists, or those that a pattern names."""
     try:
         import webdataset  # noqa: F401
@@ -208,60 +219,66 @@ def _shards(where: str, source: str, said: _Said) -> Streams:
         raise UsageError(
             f"expected the extra `stream` (webdataset) to read {source}; {_EXTRA}"
         ) from None
-    _require_harmless(where)
+    by_info = not where.endswith(".tar")
+    _require_harmless([where] if by_info else expand(where))
     is_remote = "://" in where
     if not is_remote:
         where = str(Path(where).expanduser().absolute())
         source = f"{SHARDS}{where}{said.text}"
-    by_info = not where.endswith(".tar")
-    if by_info and not is_remote and not any((Path(where) / name).is_file() for name in INFO):
-        where, by_info = f"{where}/**/*.tar", False
-    readers = _by_info(where, source) if by_info else _by_pattern(where, source, said)
-    root = readers[0].root
-    class_names = said.classes or _class_names(root, readers)
+    if by_info and (is_remote or any((Path(where) / name).is_file() for name in INFO)):
+        root, splits = where, _by_info(where, source)
+    elif is_remote:
+        root, splits = _by_address(where, source)
+    else:
+        root, splits = _by_pattern(where, said)
+    _require_harmless([root, *(url for split in splits for url in split.urls)])
+    here = [] if is_remote else [Path(url) for split in splits for url in split.urls]
+    identity = identify(here) or [os.path.basename(url) for s in splits for url in s.urls]
+    class_names = said.classes or _class_names(root, splits[0].urls)
     origins = []
-    for reader, number in zip(readers, said.images, strict=True):
-        info = reader.split_info
-        urls = [os.path.join(root, file) for file in info.filenames]
-        for url in urls:
-            _require_harmless(url)
-        what = f"{source}, split {info.name}" if info.name else source
-        count = number or reader.num_samples
+    for split, number in zip(splits, said.images, strict=True):
+        what = f"{source}, split {split.name}" if split.name else source
+        count = number or split.count
         if not count:
             raise DataError(f"expected {what} to say how many images it has; {_SAY}")
-        read = partial(_samples_of, urls, info.alt_label, class_names)
-        origins.append(_origin(what, count, urls, read, class_names))
-    identity = (*(url for o in origins for url in map(os.path.basename, o.shards)),
-                *(str(origin.count) for origin in origins))  # fmt: skip
-    return Streams(_name_of(root), source, class_names, origins[0], origins[1], identity)
+        read = partial(_samples_of, split.urls, split.field, class_names)
+        origins.append(_origin(what, count, split.urls, read, class_names))
+    identity = (*identity, *(str(origin.count) for origin in origins))
+    return StreamSource(_name_of(root), source, class_names, origins[0], origins[1], identity)
 
 
-def _require_harmless(where: str) -> None:
+def _require_harmless(names: Sequence[str]) -> None:
     """Raise `UsageError` for what webdataset would not read but run, or ask other programs for. The
-    name of a data set may come from a stranger's checkpoint."""
-    scheme = re.match(r"\s*([A-Za-z][A-Za-z0-9+.-]*):", where)
-    if scheme and scheme[1].lower() not in _SCHEMES:
+    name of a data set may come from a stranger's checkpoint: so `names` are those that are opened,
+    with no brace left to expand."""
+    for name in names:
+        if not _HARMLESS.fullmatch(name):
+            raise UsageError(
+                f"expected shards in a folder, or under {'://, '.join(_SCHEMES)}://, got {name!r}; "
+                "other schemes are not opened, nor anything else with a colon in its name"
+            )
+    remote_names = [name for name in names if "://" in name]
+    if remote_names and len(remote_names) < len(names):
         raise UsageError(
-            f"expected shards in a folder, or under {'://, '.join(_SCHEMES)}://, got {where!r}; "
-            "other schemes are not opened"
+            f"expected all shards on this machine or none, got {remote_names[0]} beside others; "
+            "fetch it first"
         )
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    if scheme and offline:
+    if remote_names and offline:
         raise DataError(
-            f"expected the network to read {where}, and HF_HUB_OFFLINE is set; unset it"
+            f"expected the network to read {remote_names[0]}, and HF_HUB_OFFLINE is set; unset it"
         )
 
 
-def _by_info(root: str, source: str) -> list[Any]:
-    """timm's readers of the training and the test split, by `_info.json` in `root`."""
+def _by_info(root: str, source: str) -> list[_Listed]:
+    """The training and the test split, as `_info.json` in `root` describes them to timm."""
     from timm.data import create_reader
 
-    readers = []
+    splits = []
     for names in (TRAIN, TEST):
         for name in names:
             try:
-                readers.append(create_reader("wds/", root=root, split=name))
-                break
+                info = create_reader("wds/", root=root, split=name).split_info
             except RuntimeError:  # no such split, or no info
                 continue
             except Exception as error:  # whatever else an info file can lack
@@ -269,64 +286,49 @@ def _by_info(root: str, source: str) -> list[Any]:
                     f"expected timm's _info.json in {root} to describe split {name} "
                     f"({first_line(error)}); correct it, or name the shards by a pattern"
                 ) from error
+            urls = [os.path.join(root, file) for file in info.filenames]
+            splits.append(_Listed(urls, info.num_samples, info.name, info.alt_label))
+            break
         else:
             raise DataError(
                 f"expected an _info.json in {root} with a split {' or '.join(names)}; add one, or "
                 f"name the shards of {source} by a pattern that ends in .tar"
             )
-    return readers
+    return splits
 
 
-def _by_pattern(pattern: str, source: str, said: _Said) -> list[Any]:
-    """timm's readers of the shards that `pattern` names; those on this machine are counted."""
-    from timm.data import create_reader
-
-    expanded = expand(pattern)
-    if "://" in pattern:
-        urls = expanded
-    else:
-        urls = [str(path) for each in expanded for path in _globbed(each)]
-    root = _common_folder(urls) if urls else pattern
-    readers = []
-    names = by_split([url[len(root) :].lstrip("/") for url in urls], source)
-    for part, count in zip(names, said.images, strict=True):
-        if count is None and "://" not in root:
-            count = len(indexed([Path(root, name) for name in part])[0])
-        readers.append(create_reader("wds/", root=root, split="::".join(part) + f"|{count or 0}"))
-    return readers
+def _by_pattern(pattern: str, said: _Said) -> tuple[str, list[_Listed]]:
+    """The shards of a folder or pattern on this machine, and the folder; their images are counted
+    where nobody said how many."""
+    root, *parts = find_shards(pattern)
+    counts = [n or len(indexed(files)[0]) for n, files in zip(said.images, parts, strict=True)]
+    return str(root), [
+        _Listed(list(map(str, files)), count) for files, count in zip(parts, counts, strict=True)
+    ]
 
 
-def _common_folder(urls: Sequence[str]) -> str:
-    """The folder that holds all of `urls`, which may be paths."""
+def _by_address(pattern: str, source: str) -> tuple[str, list[_Listed]]:
+    """The shards that a pattern of addresses names, and the folder that holds them all."""
+    urls = expand(pattern)
     levels = zip(*(url.split("/")[:-1] for url in urls), strict=False)
-    return "/".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))
+    common = takewhile(lambda names: len(set(names)) == 1, levels)
+    root = "/".join(names[0] for names in common)
+    parts = by_split([url[len(root) :].lstrip("/") for url in urls], source)
+    return root, [_Listed([f"{root}/{name}" for name in part], None) for part in parts]
 
 
-def _globbed(pattern: str) -> list[Path]:
-    return [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
-
-
-def _class_names(root: str, readers: Sequence[Any]) -> tuple[str, ...]:
+def _class_names(root: str, train: Sequence[str]) -> tuple[str, ...]:
     """What `_info.json` or a list beside the shards names; else, on this machine, the labels."""
-    info = getattr(readers[0], "info", None) or {}
-    names = names_of_info(json.dumps(info), root)
-    if names:
-        return tuple(names)
     if "://" not in root:
         found = class_names_in([Path(root, name) for name in (*INFO, *NAMES)])
-        if found:
-            return found
-        files = [Path(root, name) for name in readers[0].split_info.filenames]
-        return named_by_labels(indexed(files)[2])
-    import webdataset
-
-    for name in NAMES:
+        return found or named_by_labels(indexed(list(map(Path, train)))[2])
+    for name in (*INFO, *NAMES):
         try:
-            with webdataset.gopen(f"{root}/{name}") as file:
-                lines = file.read().decode("utf-8").split("\n")
+            with _opened(f"{root}/{name}") as file:
+                text = file.read().decode("utf-8")
         except Exception:  # a server says in its own way that it has no such file
             continue
-        if found := tuple(line.strip() for line in lines if line.strip()):
+        if found := names_listed(text, f"{root}/{name}"):
             return found
     raise DataError(
         f"expected the names of the classes in {root}: class_names or num_classes in _info.json, "
@@ -334,15 +336,23 @@ def _class_names(root: str, readers: Sequence[Any]) -> tuple[str, ...]:
     )
 
 
+def _opened(url: str) -> Any:
+    """The one door to shards: a file, or, once more looked at, an address for webdataset. (Its own
+    lock, `enforce_security`, shuts out files as well, and for the whole program.)"""
+    import webdataset
+
+    _require_harmless([url])
+    return webdataset.gopen(url) if "://" in url else open(url, "rb")
+
+
 def _samples_of(
     urls: Sequence[str], field: str, class_names: Sequence[str], shard: int
 ) -> Iterator[tuple[Encoded, int]]:
     """Images and labels of one tar file, plain or compressed, as webdataset groups its members."""
-    import webdataset
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     url, number = urls[shard], {name: label for label, name in enumerate(class_names)}
-    with webdataset.gopen(url) as stream:
+    with _opened(url) as stream:
         for sample in group_by_keys(tar_file_expander(iter([{"url": url, "stream": stream}]))):
             where = f"{url}, sample {sample['__key__']}"
             members = {end: data for end, data in sample.items() if not end.startswith("__")}

@@ -17,6 +17,7 @@ import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,28 +73,49 @@ def read_shards(where: str) -> Source:
     Raises `DataError` for missing splits, and for shards that are cut short, compressed, or hold a
     sample without image or label.
     """
-    root = Path(where).expanduser()
-    if root.is_dir():
-        files = sorted(root.rglob("*.tar"))
-    else:
-        patterns = expand(str(root))
-        files = [Path(file) for pattern in patterns for file in sorted(glob.glob(pattern))]
-        missing = [pattern for pattern in patterns if not glob.glob(pattern)]
-        if missing and files:
-            raise DataError(f"expected {len(patterns)} shards, and {missing[0]} is not there")
-        root = Path(os.path.commonpath([file.parent for file in files])) if files else root.parent
-    names_in_root = [str(file.relative_to(root)) for file in files]
-    chosen = [[root / name for name in part] for part in by_split(names_in_root, where)]
+    root, *splits = find_shards(where)
     known = class_names_in([(root / name) for name in (*INFO, *NAMES)])
-    found = [indexed([file.resolve() for file in split]) for split in chosen]
+    found = [indexed([file.resolve() for file in split]) for split in splits]
     class_names = known or named_by_labels(found[0][2])
     number = {name: label for label, name in enumerate(class_names)}
     parts: list[Part] = []
     for images, codes, texts in found:
         translated = [to_number(text, number, where) for text in texts]
         parts.append((images, torch.tensor(translated, dtype=torch.int64)[codes]))
-    identity = tuple(f"{file.name} {file.stat().st_size}" for split in chosen for file in split)
+    identity = identify([file for split in splits for file in split])
     return Source(root.resolve().name, class_names, parts[0], parts[1], identity)
+
+
+def find_shards(where: str) -> tuple[Path, list[Path], list[Path]]:
+    """The folder of the shards that `where` names, a folder or a pattern of globs and braces, and
+    which of them are of the training and of the test split.
+
+    Raises `DataError` for one that a pattern names and that is not there, and for missing splits.
+    """
+    root = Path(where).expanduser()
+    if root.is_dir():
+        files = sorted(root.rglob("*.tar"))
+    else:
+        patterns = expand(str(root))
+        matches = [sorted(glob.glob(pattern, recursive=True)) for pattern in patterns]
+        files = [Path(file) for file in dict.fromkeys(chain.from_iterable(matches))]
+        if files and [] in matches:
+            missing = patterns[matches.index([])]
+            raise DataError(
+                f"expected {len(patterns)} shards, and {missing} is not there; restore it, or "
+                "leave it out of the pattern"
+            )
+        root = Path(os.path.commonpath([file.parent for file in files])) if files else root.parent
+    train, test = by_split([str(file.relative_to(root)) for file in files], where)
+    return root, [root / name for name in train], [root / name for name in test]
+
+
+def identify(files: Sequence[Path]) -> tuple[str, ...]:
+    """Name and bytes of each. Raises `DataError` for one that is not there."""
+    try:
+        return tuple(f"{file.name} {file.stat().st_size}" for file in files)
+    except OSError as error:
+        raise DataError(f"expected {error.filename} ({error.strerror}); restore it") from None
 
 
 def expand(pattern: str) -> list[str]:
@@ -134,12 +156,15 @@ def class_names_in(files: Sequence[Path]) -> tuple[str, ...]:
     """The class names that the first of `files` holds: lines of text, or `class_names`, `classes`
     or `num_classes` of an info file in JSON. Empty where none does."""
     for file in files:
-        if file.is_file():
-            text = file.read_text(encoding="utf-8")
-            names = names_of_info(text, str(file)) if file.suffix == ".json" else text.split("\n")
-            if found := tuple(name.strip() for name in names if name.strip()):
-                return found
+        if file.is_file() and (found := names_listed(file.read_text(encoding="utf-8"), str(file))):
+            return found
     return ()
+
+
+def names_listed(text: str, file: str) -> tuple[str, ...]:
+    """The class names in `text`, which is that of an info file where `file` ends in .json."""
+    names = names_of_info(text, file) if file.endswith(".json") else text.split("\n")
+    return tuple(name.strip() for name in names if name.strip())
 
 
 def names_of_info(text: str, where: str) -> list[str]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -56,31 +56,39 @@ class Origin:
         keep: Callable[[list[Sample]], _Kept],
         without: frozenset[int] = frozenset(),
     ) -> list[_Kept]:
-        """At least the first `count` images in turn from every shard: of each shard its first ones,
-        as `keep` leaves them. Raises `DataError` where there are fewer."""
-        shards, quota = min(count, len(self.shards)), -(-count // len(self.shards))
-        if count + len(without) >= self.count:
-            shards, quota = len(self.shards), count
+        """At least the `count` images of the lowest indices that are not in `without`: of each
+        shard its first ones, as `keep` leaves them. Raises `DataError` where there are fewer."""
+        bound = count  # of the indices: whatever lies below it is read
+        for index in sorted(without):
+            bound += index < bound
+        if bound >= self.count:  # everything, to the end of the longest shard
+            bound = self.count * len(self.shards)
         while True:
-            found, kept, exhausted = 0, [], True
-            bar = tqdm(range(shards), f"reading {self.name}", unit="shard", delay=2, leave=False,
-                       disable=None)  # fmt: skip
+            held = Counter(index % len(self.shards) for index in without if index < bound)
+            found, kept, exhausted = 0, [], bound >= len(self.shards)
+            bar = tqdm(range(min(bound, len(self.shards))), f"reading {self.name}", unit="shard",
+                       delay=2, leave=False, disable=None)  # fmt: skip
             for shard in bar:
-                with closing(self.samples(shard, without)) as samples:
-                    head = list(islice(samples, quota))
-                found, exhausted = found + len(head), exhausted and len(head) < quota
+                places = len(range(shard, bound, len(self.shards)))
+                with closing(self.samples(shard, without, places)) as samples:
+                    head = list(samples)
+                found += len(head)
+                exhausted &= len(head) < places - held[shard]
                 if head:
                     kept.append(keep(head))
             if found >= count:
                 return kept
-            if exhausted and shards == len(self.shards):
+            if exhausted:
                 raise self.fewer(found + len(without))
-            shards, quota = len(self.shards), 2 * quota  # short shards: more is read of the others
+            bound = max(2 * bound, len(self.shards))  # short shards: more is read of the others
 
-    def samples(self, shard: int, without: frozenset[int] = frozenset()) -> Generator[Sample]:
-        """The images of one shard, but for those whose indices are in `without`."""
+    def samples(
+        self, shard: int, without: frozenset[int] = frozenset(), most: int | None = None
+    ) -> Generator[Sample]:
+        """The images of one shard, but for those whose indices are in `without`; of the first
+        `most` alone, where that is said."""
         with closing(self.read(shard)) as read:
-            for place, (image, label) in enumerate(read):
+            for place, (image, label) in enumerate(islice(read, most)):
                 index = place * len(self.shards) + shard
                 if index not in without:
                     yield image, label, index
@@ -111,8 +119,8 @@ class Stream:
         return self.origin.count - len(self.held)
 
     def take(self, count: int) -> Split:
-        """The first `count` images in turn from every shard, or all where there are fewer, decoded
-        and held in memory from then on."""
+        """The `count` images of the lowest indices, or all where there are fewer, decoded and held
+        in memory from then on."""
         count = min(count, len(self))
         if not self._taken or len(self._taken[0]) < count:
             self._taken[:] = [self._read(count)]
