@@ -11,11 +11,11 @@ from torch import nn
 from robustify.attacks.pgd import pgd
 from robustify.checkpoint import Checkpoints
 from robustify.compilation import compiling
+from robustify.fit import fit
 from robustify.fold import constant
 from robustify.losses import cross_entropy
 from robustify.objective import Objective
 from robustify.threat import ThreatModel
-from robustify.train import fit
 
 IMAGES = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
