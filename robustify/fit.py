@@ -66,8 +66,6 @@ def fit(
         if not ran_out(error):
             raise
         raise TrainingError(_too_large(stage, checkpoints.kept(name))) from error
-    if agreed(interrupted)():  # a stage that was finished before has no step to ask after
-        raise KeyboardInterrupt
     return stage.fitted()
 
 

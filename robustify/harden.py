@@ -37,7 +37,7 @@ from robustify.examine import assess, masking, shown, versions
 from robustify.fit import fit
 from robustify.frozen import Frozen
 from robustify.objective import Objective
-from robustify.processes import PATIENCE, first_holds, on_cpu, said, this_process
+from robustify.processes import PATIENCE, agreed, first_holds, on_cpu, said, this_process
 from robustify.profiling import profiling
 from robustify.purifier import Purified, facts
 from robustify.report import write_report
@@ -438,7 +438,8 @@ def _leave(
 
 @contextmanager
 def interruptible() -> Iterator[Any]:
-    """Turn the first SIGINT or SIGTERM into a question to be asked; a second SIGINT is obeyed.
+    """Turn the first SIGINT or SIGTERM into a question to be asked, at the latest at the end of the
+    block, where it raises KeyboardInterrupt in all processes; a second SIGINT is obeyed.
 
     Not a second SIGTERM, nor a SIGINT within a second: launchers and schedulers repeat each other.
     """
@@ -461,3 +462,5 @@ def interruptible() -> Iterator[Any]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if agreed(lambda: bool(received))():  # after the last question
+        raise KeyboardInterrupt

@@ -30,6 +30,7 @@ from robustify.attacks.victim import Victim
 from robustify.checkpoint import Checkpoints
 from robustify.errors import RunFolderError, TrainingError
 from robustify.fit import fit
+from robustify.harden import interruptible
 from robustify.journal import Journal
 from robustify.losses import cross_entropy
 from robustify.processes import PATIENCE
@@ -415,6 +416,19 @@ def test_an_interrupt_in_the_last_validation_is_not_forgotten(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(stage(epochs=1), checkpoints=checkpoints, interrupted=interrupted)
     assert checkpoints.load("stage0")[1]["progress"]["epoch"] == 1
+
+
+def test_an_interrupt_between_the_last_question_and_the_end_is_not_forgotten():
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work():
+        with interruptible() as interrupted:
+            assert not interrupted()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # Clocks
