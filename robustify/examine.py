@@ -84,7 +84,7 @@ def assess(
         bar.set_postfix_str(attack, refresh=False)
         bar.update()
 
-    with bar, closing(journal) if journal is not None else nullcontext(), _within_memory(journal):
+    with _within_memory(journal), bar, closing(journal) if journal is not None else nullcontext():
         return evaluate(
             model, data.to_float(images).to(device), labels.to(device), suite=suite,
             norm=threat.norm, eps=threat.eps, seed=seed, batch_size=batch_size,
