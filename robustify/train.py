@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ from robustify.classifier import Classifier
 from robustify.data import augment, to_float
 from robustify.errors import TrainingError, UsageError, suggest
 from robustify.fold import prefers_channels_last
-from robustify.loader import new_loader, remaining
+from robustify.loader import batches, new_loader
 from robustify.memory import ran_out
 from robustify.noise import Noise
 from robustify.objective import Objective, batchnorm_updates
@@ -259,8 +259,9 @@ class Stage:
 
     def _clean_batches(self) -> Iterator[Tensor]:
         self.loader.set_epoch(self.progress.epoch)
-        for fetched in self.loader:
-            yield self.batch(fetched, self.progress.epoch)[0]
+        with closing(batches(self.loader, processes=self.accelerator.num_processes)) as every:
+            for fetched in every:
+                yield self.batch(fetched, self.progress.epoch)[0]
 
     def _evaluate(self, name: str, network: nn.Module) -> dict[str, float]:
         with record_function("validation"):
@@ -412,29 +413,30 @@ def _epoch(
     device = stage.accelerator.device
     exact: dict[str, Any] = {"dtype": torch.float64, "device": device}
     sums = {name: torch.tensor(total, **exact) for name, total in progress.sums.items()}
-    loader = remaining(stage.loader, progress.step, processes=stage.accelerator.num_processes)
     seconds = stage.settings.checkpoint_seconds
     due = agreed(lambda: time.monotonic() - saved > seconds, every=_agree_every(stage))
-    for fetched in loader:
-        updates = progress.updates
-        terms = stage.step(fetched)
-        on_step()
-        progress.step += 1
-        for key, term in terms.items():
-            sums[key] = sums.get(key, torch.zeros((), **exact)) + term
-        bar.update(progress.updates - updates)
-        progress.seconds = before + time.monotonic() - started
-        stop, save = interrupted(), due()
-        if stop or save:
-            stage.require_finite(sums["loss"])  # nothing damaged is saved, on a GPU either
-            progress.sums = {key: float(total) for key, total in _shared(stage, sums).items()}
-            _save(stage, checkpoints, name)
-            saved = time.monotonic()
-        if stop:
-            stage.accelerator.wait_for_everyone()  # or a launcher ends the one that is writing
-            raise KeyboardInterrupt
-        if stage.finished:
-            break
+    processes = stage.accelerator.num_processes
+    with closing(batches(stage.loader, progress.step, processes=processes)) as left:
+        for fetched in left:
+            updates = progress.updates
+            terms = stage.step(fetched)
+            on_step()
+            progress.step += 1
+            for key, term in terms.items():
+                sums[key] = sums.get(key, torch.zeros((), **exact)) + term
+            bar.update(progress.updates - updates)
+            progress.seconds = before + time.monotonic() - started
+            stop, save = interrupted(), due()
+            if stop or save:
+                stage.require_finite(sums["loss"])  # nothing damaged is saved, on a GPU either
+                progress.sums = {key: float(total) for key, total in _shared(stage, sums).items()}
+                _save(stage, checkpoints, name)
+                saved = time.monotonic()
+            if stop:
+                stage.accelerator.wait_for_everyone()  # or a launcher ends the one that is writing
+                raise KeyboardInterrupt
+            if stage.finished:
+                break
     sums = _shared(stage, sums)
     if sums:
         stage.require_finite(sums["loss"])
