@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from tqdm import tqdm
 
 from robustify.checkpoint import Checkpoints
 from robustify.errors import TrainingError
-from robustify.loader import remaining
+from robustify.loader import batches
 from robustify.memory import ran_out
 from robustify.processes import agreed, said
+from robustify.splits import Fetched
 from robustify.train import Fitted, Stage
 
 log = logging.getLogger(__name__)
@@ -158,23 +160,24 @@ def _epoch(stage: Stage, saving: _Saving, bar: tqdm[Any], on_step: Callable[[], 
     exact: dict[str, Any] = {"dtype": torch.float64, "device": accelerator.device}
     sums = {name: torch.tensor(total, **exact) for name, total in progress.sums.items()}
     accelerator.step = progress.step  # by which it counts the batches of an update
-    for fetched in () if stage.spent else _left(stage):
-        updates = progress.updates
-        terms = stage.step(fetched)
-        on_step()
-        progress.step += 1
-        for key, term in terms.items():
-            sums[key] = sums.get(key, torch.zeros((), **exact)) + term
-        bar.update(progress.updates - updates)
-        progress.seconds = before + time.monotonic() - started
-        last = stage.spent or accelerator.gradient_state.end_of_dataloader
-        saving.look(now=last)  # what is wished now must not wait for the validation
-        if saving.wanted and accelerator.sync_gradients:
-            stage.require_finite(sums["loss"])  # nothing damaged is saved, on a GPU either
-            progress.sums = {key: float(total) for key, total in _shared(stage, sums).items()}
-            saving.save()
-        if stage.spent:
-            break
+    with closing(_left(stage)) as left:
+        for fetched in left:
+            updates = progress.updates
+            terms = stage.step(fetched)
+            on_step()
+            progress.step += 1
+            for key, term in terms.items():
+                sums[key] = sums.get(key, torch.zeros((), **exact)) + term
+            bar.update(progress.updates - updates)
+            progress.seconds = before + time.monotonic() - started
+            last = stage.spent or accelerator.gradient_state.end_of_dataloader
+            saving.look(now=last)  # what is wished now must not wait for the validation
+            if saving.wanted and accelerator.sync_gradients:
+                stage.require_finite(sums["loss"])  # nothing damaged is saved, on a GPU either
+                progress.sums = {key: float(total) for key, total in _shared(stage, sums).items()}
+                saving.save()
+            if stage.spent:
+                break
     sums = _shared(stage, sums)
     if sums:
         stage.require_finite(sums["loss"])
@@ -187,9 +190,11 @@ def _agree_every(stage: Stage) -> int:
     return 1 if stage.accelerator.device.type == "cpu" else AGREE_EVERY
 
 
-def _left(stage: Stage) -> Any:
+def _left(stage: Stage) -> Generator[Fetched]:
     """The batches of this epoch that are not done."""
-    return remaining(stage.loader, stage.progress.step, processes=stage.accelerator.num_processes)
+    if not stage.spent:
+        processes = stage.accelerator.num_processes
+        yield from batches(stage.loader, stage.progress.step, processes=processes)
 
 
 def _shared(stage: Stage, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

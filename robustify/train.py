@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from robustify.classifier import Classifier
 from robustify.data import augment, to_float
 from robustify.errors import TrainingError, UsageError, suggest
 from robustify.fold import prefers_channels_last
-from robustify.loader import new_loader
+from robustify.loader import batches, new_loader
 from robustify.noise import Noise
 from robustify.objective import Objective, batchnorm_updates
 from robustify.schedule import new_schedule
@@ -262,8 +262,9 @@ class Stage:
 
     def _clean_batches(self) -> Iterator[Tensor]:
         self.loader.set_epoch(self.progress.epoch)
-        for fetched in self.loader:
-            yield self.batch(fetched, self.progress.epoch)[0]
+        with closing(batches(self.loader, processes=self.accelerator.num_processes)) as every:
+            for fetched in every:
+                yield self.batch(fetched, self.progress.epoch)[0]
 
     def _evaluate(self, name: str, network: nn.Module) -> dict[str, float]:
         with record_function("validation"):
