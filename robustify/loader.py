@@ -47,8 +47,9 @@ def batches(loader: Any, done: int = 0, *, processes: int) -> Generator[Fetched]
         loader.dataset.skip(done * loader.batch_size * processes)
     elif done:
         loader = skip_first_batches(loader, done)
-    # Where the first process reads for all, they exchange batches while they iterate: not ahead.
-    if isinstance(loader, DataLoaderShard) and _has_to_read(loader.dataset):
+    # Where one process reads for others, they exchange batches while they iterate: not ahead.
+    alone = processes == 1 or isinstance(loader, DataLoaderShard)
+    if alone and _has_to_read(loader.dataset):
         loader.base_dataloader = _Ahead(loader.base_dataloader)
     with closing(iter(loader)) as found:
         yield from found

@@ -106,6 +106,11 @@ def find_shards(where: str) -> tuple[Path, list[Path], list[Path]]:
                 "leave it out of the pattern"
             )
         root = Path(os.path.commonpath([file.parent for file in files])) if files else root.parent
+    if not files:
+        raise DataError(
+            f"expected WebDataset shards (.tar files) in {where}, and there are none; check the "
+            "folder or the pattern"
+        )
     train, test = by_split([str(file.relative_to(root)) for file in files], where)
     return root, [root / name for name in train], [root / name for name in test]
 

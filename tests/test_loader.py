@@ -15,10 +15,11 @@ from robustify import data, harden, loader
 from robustify.checkpoint import Checkpoints
 from robustify.classifier import Classifier
 from robustify.errors import DataError
+from robustify.fit import fit
 from robustify.images import EncodedImages
 from robustify.loader import batches, new_loader, one_ahead
 from robustify.settings import Training
-from robustify.train import Stage, fit
+from robustify.train import Stage
 
 
 def readers():
@@ -152,7 +153,7 @@ def test_only_what_has_to_be_decoded_is_read_ahead(found, monkeypatch):
     # Batches that one process hands out to all are exchanged in the thread that trains.
     lazy = new_loader(made.train, 8, seed=0, processes=1)
     handed_out = prepare_data_loader(lazy, put_on_device=True, dispatch_batches=True)
-    assert len(list(batches(handed_out, processes=1))) == 7
+    assert len(list(batches(handed_out, processes=2))) == 7
 
 
 def test_an_epoch_that_ends_early_leaves_no_thread(found, tmp_path, monkeypatch):

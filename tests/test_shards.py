@@ -172,3 +172,9 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 16_000  # kB; the whole set would be 64,000
+
+
+@pytest.mark.parametrize("where", ["nowhere", "nowhere/{train,val}-*.tar"])
+def test_where_there_are_no_shards_that_is_said(tmp_path, where):
+    with pytest.raises(DataError, match=r"expected WebDataset shards .* and there are none; check"):
+        shards.find_shards(str(tmp_path / where))

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -529,6 +530,22 @@ def test_an_interrupted_stream_goes_on_to_the_same_bits(kind, after, write, tmp_
     fit(resumed, checkpoints=checkpoints)
     assert torch.equal(weights(resumed), weights(whole))
     assert resumed.progress.history == whole.progress.history
+
+
+def test_a_stream_is_read_and_decoded_ahead(write, tmp_path, monkeypatch):
+    threads = []
+    collate = Stream.collate
+
+    def noted(self, samples):
+        threads.append(threading.current_thread().name)
+        return collate(self, samples)
+
+    monkeypatch.setattr(Stream, "collate", noted)
+    made = stage(write("wds", train=60))
+    threads.clear()
+    fit(made, checkpoints=Checkpoints(tmp_path / "run"))
+    assert threads == ["read-ahead"] * 3 * 7  # two epochs, and one to estimate BatchNorm anew
+    assert "read-ahead" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_what_is_skipped_is_not_decoded(write, monkeypatch):
