@@ -50,12 +50,29 @@ def note(seconds):
     return len(taken), sum(taken) / 60
 
 
+stopping = threading.Event()
+
+
+def stop_after(minutes):
+    """Ask this program to stop, again and again: an interrupt that lands in a destructor is lost,
+    and training, which is finishing its step by then, takes no second SIGTERM for another one."""
+    stopping.wait(60 * minutes)
+    while not stopping.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.wait(0.5)
+
+
+def interrupt(number, frame):
+    """What training does by itself, for all that comes before and after it."""
+    if not stopping.is_set():
+        raise KeyboardInterrupt
+
+
+signal.signal(signal.SIGTERM, interrupt)
 started = time.monotonic()
-stop = threading.Timer(60 * (arguments.minutes or 0), os.kill, (os.getpid(), signal.SIGINT))
-stop.daemon = True
 try:
     if arguments.minutes is not None:
-        stop.start()
+        threading.Thread(target=stop_after, args=(arguments.minutes,), daemon=True).start()
     folder = distill(
         arguments.recipe, arguments.student, dataset=arguments.data, preset=arguments.preset,
         settings={} if arguments.epochs is None else {"training.epochs": arguments.epochs},
@@ -64,11 +81,12 @@ try:
         precision="bf16" if torch.cuda.is_available() else "fp32", out=arguments.out,
     )  # fmt: skip
 except KeyboardInterrupt:
+    stopping.set()
     calls, minutes = note(time.monotonic() - started)
     print(f"{calls} calls, {minutes:.1f} minutes so far; the same command goes on from here")
     sys.exit(130)
 
-stop.cancel()
+stopping.set()
 calls, minutes = note(time.monotonic() - started)
 report = read(folder)
 stages = json.loads((folder / "robustify.json").read_text())["stages"]

@@ -466,11 +466,33 @@ def _memory_for(megabytes, *, at):
     at_opening(at, limit)
 
 
-def test_memory_that_runs_out_in_training(tmp_path):
+def _out_of_memory_in_the_third_step():
+    """As torch says it on a CPU."""
+    from robustify.train import Stage
+
+    step, done = Stage.step, itertools.count(1)
+
+    def refused(self, fetched):
+        if next(done) == 3:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 2 GiB")
+        return step(self, fetched)
+
+    Stage.step = refused
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        _out_of_memory_in_the_third_step,
+        # A real limit. Rehearsed, and slow because where nothing at all is left a process may hang.
+        pytest.param(partial(_memory_for, 0, at="stage0-00000001"), marks=pytest.mark.slow),
+    ],
+)
+def test_memory_that_runs_out_in_training(tmp_path, fault):
     larger = ["256" if word == "128" else word for word in TRAIN]
     assert robustify(*larger, tmp_path / "whole")[0] == 0
     out = tmp_path / "run"
-    code, _, lines = robustify(*larger, out, fault=partial(_memory_for, 0, at="stage0-00000001"))
+    code, _, lines = robustify(*larger, out, fault=fault)
     assert code == 1
     kept = Checkpoints(out / "checkpoints").newest("stage0")
     assert re.sub(r"epoch . step .", "epoch E step S", lines[0]) == (
@@ -585,12 +607,22 @@ def test_memory_that_runs_out_in_an_evaluation(whole, tmp_path):
     assert accuracies[0] == accuracies[1]
 
     shutil.rmtree(out)
-    nothing = partial(_memory_for, 0, at="journal-0")
-    code, printed, lines = robustify(*command, "--out", out, fault=nothing)
+    code, printed, lines = robustify(*command, "--out", out, fault=_not_even_for_8)
     assert (code, printed) == (1, "")
     assert lines[-1].startswith("robustify: out of memory in the evaluation; every verdict so far ")
     assert lines[-1].endswith("evaluate with a smaller --batch-size or --limit")
     assert robustify(*command, "--out", out)[0] == 0
+
+
+def _not_even_for_8():
+    """What a limit on the address space does, too: but where nothing at all can be allocated, even
+    to say so, the system may not come back (seen with RLIMIT_AS, on a loaded machine)."""
+    from robustify.attacks import victim
+
+    def refused(self, images):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 2 GiB")
+
+    victim.Victim._answer = refused
 
 
 def _no_more_than_100_at_once():
