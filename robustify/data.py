@@ -35,7 +35,7 @@ from torch.nn.functional import pad
 from robustify.errors import DataError, UsageError, suggest
 from robustify.images import EncodedImages, Reordered, ResizedImages, Source, decode, resize, survey
 from robustify.noise import Noise
-from robustify.readers import is_stream, read_stream
+from robustify.readers import StreamSource, is_stream, read_stream
 from robustify.shards import read_shards
 from robustify.sources import CIFAR, read_cifar, read_folder, read_hub
 from robustify.splits import Images, Split
@@ -231,21 +231,10 @@ def _build(
         _check_labels(labels, read.class_names, f"{which} images of {source}")
     train, test = _decoded(read, image_size)
     in_chans, side = train.store.shape[1], train.store.shape[2]
-    mean, std = _statistics(_sample(train))
-    return DataSet(
-        name=read.name,
-        source=source,
-        class_names=read.class_names,
-        train=train,
-        test=test,
-        in_chans=in_chans,
-        image_size=side,
-        mean=mean,
-        std=std,
-        threat=threat or default_threat(in_chans, side),
-        policy=_default_policy(in_chans, side),
+    return _described(
+        read, source, train, test, shape=(in_chans, side), sample=_sample(train), threat=threat,
         fingerprint=_fingerprint(read.class_names, train, test, identity=read.identity),
-    )
+    )  # fmt: skip
 
 
 def _streamed(name: str, image_size: int | None) -> DataSet:
@@ -257,21 +246,39 @@ def _streamed(name: str, image_size: int | None) -> DataSet:
     is_grey, side = survey([sample])
     channels, side = 1 if is_grey else 3, image_size or side
     train, test = (Stream(origin, channels, side) for origin in (read.train, read.test))
-    mean, std = _statistics(decode(sample, channels, side))
     digest = hashlib.sha256(json.dumps([read.class_names, read.identity, channels, side]).encode())
+    return _described(
+        read, read.source, train, test, shape=(channels, side), fingerprint=digest.hexdigest(),
+        sample=decode(sample, channels, side),
+    )  # fmt: skip
+
+
+def _described(
+    read: Source | StreamSource,
+    source: str,
+    train: Split | Stream,
+    test: Split | Stream,
+    *,
+    shape: tuple[int, int],
+    sample: Tensor,
+    fingerprint: str,
+    threat: ThreatModel | None = None,
+) -> DataSet:
+    """What follows from channels and side, and from a `sample` (N, C, H, W) of training images."""
+    mean, std = _statistics(sample)
     return DataSet(
         name=read.name,
-        source=read.source,
+        source=source,
         class_names=read.class_names,
         train=train,
         test=test,
-        in_chans=channels,
-        image_size=side,
+        in_chans=shape[0],
+        image_size=shape[1],
         mean=mean,
         std=std,
-        threat=default_threat(channels, side),
-        policy=_default_policy(channels, side),
-        fingerprint=digest.hexdigest(),
+        threat=threat or default_threat(*shape),
+        policy=_default_policy(*shape),
+        fingerprint=fingerprint,
     )
 
 

@@ -606,13 +606,6 @@ def test_memory_that_runs_out_in_an_evaluation(whole, tmp_path):
     ]
     assert accuracies[0] == accuracies[1]
 
-    shutil.rmtree(out)
-    code, printed, lines = robustify(*command, "--out", out, fault=_not_even_for_8)
-    assert (code, printed) == (1, "")
-    assert lines[-1].startswith("robustify: out of memory in the evaluation; every verdict so far ")
-    assert lines[-1].endswith("evaluate with a smaller --batch-size or --limit")
-    assert robustify(*command, "--out", out)[0] == 0
-
 
 def _not_even_for_8():
     """What a limit on the address space does, too: but where nothing at all can be allocated, even
@@ -623,6 +616,24 @@ def _not_even_for_8():
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 2 GiB")
 
     victim.Victim._answer = refused
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        _not_even_for_8,
+        # A real limit; slow for the same reason as in training.
+        pytest.param(partial(_memory_for, 0, at="journal-0"), marks=pytest.mark.slow),
+    ],
+)
+def test_memory_that_does_not_hold_eight_images(whole, tmp_path, fault):
+    command = ["evaluate", whole, "--suite", "apgd-ce,square", "--limit", "200", "--json",
+               "--batch-size", "250", "--out", tmp_path / "out"]  # fmt: skip
+    code, printed, lines = robustify(*command, fault=fault)
+    assert (code, printed) == (1, "")
+    assert lines[-1].startswith("robustify: out of memory in the evaluation; every verdict so far ")
+    assert lines[-1].endswith("evaluate with a smaller --batch-size or --limit")
+    assert robustify(*command)[0] == 0
 
 
 def _no_more_than_100_at_once():
